@@ -1,0 +1,105 @@
+"""The words that every model and the training loop share.
+
+A `Learner` owns its networks and its optimisers; one call of `step` is one full update on one batch, however many
+networks play in it. The loop that drives it knows neither GAN nor VAE. What a model can do beyond that is said by small
+protocols of their own (`Evaluates`, `Reconstructs`, …), which it has or has not.
+
+Shape legend, here and in every model file: B batch, C channels, H height, W width, D latent dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+Metrics = dict[str, Tensor]
+"""Scalar tensors, detached, still on the device: the loop decides when to pay for the transfer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of one global batch."""
+
+    images: Tensor  # uint8 (B, C, H, W), on the learner's device; scaling and dequantisation are the model's own
+    labels: Tensor  # int64 (B,)
+    images_seen: int  # the clock: images that all workers together saw before this batch
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """The shape of one image of the data set."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class Learner(Protocol):
+    """What every model is to the loop.
+
+    The loop moves, compiles, averages, saves and restores by the names that `networks` and `optimizers` give. Before
+    each `optimizer.step()` that `step` makes, the loop averages the gradients over the workers, refuses non-finite ones
+    and clips them (hooks on the optimiser): a learner writes plain PyTorch and is correct at any world size.
+    Whatever else must survive a restart is a buffer of one of the networks.
+    """
+
+    def networks(self) -> dict[str, nn.Module]: ...
+
+    def optimizers(self) -> dict[str, Optimizer]: ...
+
+    def step(self, batch: Batch, generator: Generator) -> Metrics:
+        """One full update. All randomness comes from `generator` (on the learner's device) or torch's global state."""
+        ...
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        """uint8 (n, C, H, W). The same generator state gives the same latents, whatever the weights."""
+        ...
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """Has a number on held-out images."""
+
+    def evaluate(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """Named values per image, each (B,), so that a mean over batches of uneven size is exact."""
+        ...
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """Encodes images and gives them back."""
+
+    def reconstruct(self, images: Tensor, generator: Generator) -> Tensor:
+        """uint8 (B, C, H, W) -> uint8 (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class Traverses(Protocol):
+    """Walks along its latent space."""
+
+    def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
+        """uint8 (rows, steps, C, H, W): each row is one walk."""
+        ...
+
+
+@runtime_checkable
+class Diagnoses(Protocol):
+    """Knows what its own metrics look like when training goes wrong."""
+
+    def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
+        """Metrics averaged over one logging interval -> sentences for the user; empty when all is well."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """Can be published as one module that needs no code of ours."""
+
+    def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
+        """(module in eval mode, example input with a batch dimension): latents in, images in [0, 1] out."""
+        ...

@@ -1,0 +1,138 @@
+"""A data set version at rest: Parquet shards and one `manifest.json`, written last. No manifest, no data set.
+
+    datasets/NAME/VERSION/manifest.json
+    datasets/NAME/shards/<first 16 hex digits of content_sha256>.parquet …
+
+Shards are named after their content, so versions share what they have in common and a repeated ingest writes nothing
+twice. A shard has two columns: `image` (fixed-size binary, C*H*W bytes in (C, H, W) order when `encoding` is "raw", else binary:
+one encoded file) and `label` (int32, an index into `label_names`). VERSION is the first 12 hex digits of the content hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from pipelines.errors import FigmentError
+from pipelines.objects import children, exists, read_object, write_json
+
+FORMAT = "figment-dataset-1"
+DATASETS = "datasets"
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: str  # relative to datasets/NAME
+    rows: int
+    bytes: int  # size of the file
+    sha256: str  # of the file: what the stream verifies
+    content_sha256: str  # of the image bytes and labels: what the version is named after, whatever wrote the file
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Images that `--on-bad-image skip` left out."""
+
+    count: int = 0
+    members: tuple[str, ...] = ()  # the first 100, with the reason
+
+
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    splits: dict[str, tuple[Shard, ...]]
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    encoding: str  # "raw", "png", "jpeg" or "webp"
+    label_names: tuple[str, ...]
+    channel_mean: tuple[float, ...]  # of the train split (the first split when there is none), in [0, 255]
+    source: dict[str, Any]  # what was read: url, format, and what its citation is
+    created_at: str  # ISO 8601, UTC
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def rows(self, split: str) -> int:
+        return sum(shard.rows for shard in self.shards(split))
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        if split not in self.splits:
+            raise FigmentError(
+                f"data set {self.name!r} has no split {split!r}; it has {', '.join(sorted(self.splits))}"
+            )
+        return self.splits[split]
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 over what a reader of the data set can see: shape, encoding, labels and every row, in order."""
+        body = {
+            "format": FORMAT,
+            "image_shape": self.image_shape,
+            "encoding": self.encoding,
+            "label_names": self.label_names,
+            "splits": {
+                split: [(s.rows, s.content_sha256) for s in shards] for split, shards in sorted(self.splits.items())
+            },
+        }
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def version(self) -> str:
+        return self.content_hash[:12]
+
+    @property
+    def root(self) -> str:
+        """What shard paths are relative to."""
+        return f"{DATASETS}/{self.name}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.root}/{self.version}"
+
+
+def save_manifest(fs: pafs.FileSystem, manifest: Manifest) -> str:
+    """Makes the data set version visible; returns its folder."""
+    body = {"format": FORMAT, "version": manifest.version, "content_hash": manifest.content_hash, **asdict(manifest)}
+    write_json(fs, f"{manifest.folder}/manifest.json", body)
+    return manifest.folder
+
+
+def load_manifest(fs: pafs.FileSystem, dataset: str) -> Manifest:
+    """`dataset` is NAME (its newest complete version) or NAME@VERSION."""
+    name, _, version = dataset.partition("@")
+    root = f"{DATASETS}/{name}"
+    versions = [v for v in children(fs, root) if exists(fs, f"{root}/{v}/manifest.json")]
+    if version:
+        versions = [v for v in versions if v.startswith(version)]
+    if not versions:
+        known = [n for n in children(fs, DATASETS) if not n.startswith(".")]
+        raise FigmentError(
+            f"there is no complete data set {dataset!r} under {DATASETS}/ in the storage"
+            f" (found: {', '.join(known) or 'none'}); ingest it with `python -m jobs.ingest SOURCE --dataset-name {name}`"
+        )
+    manifests = [_parse(read_object(fs, f"{root}/{v}/manifest.json"), f"{root}/{v}/manifest.json") for v in versions]
+    return max(manifests, key=lambda m: m.created_at)
+
+
+def _parse(data: bytes, path: str) -> Manifest:
+    try:
+        body = json.loads(data)
+        if body["format"] != FORMAT:
+            raise FigmentError(f"{path} has format {body['format']!r}, this version of Figment reads {FORMAT!r}")
+        manifest = Manifest(
+            name=body["name"],
+            splits={split: tuple(Shard(**s) for s in shards) for split, shards in body["splits"].items()},
+            image_shape=tuple(body["image_shape"]),
+            encoding=body["encoding"],
+            label_names=tuple(body["label_names"]),
+            channel_mean=tuple(body["channel_mean"]),
+            source=body["source"],
+            created_at=body["created_at"],
+            skipped=Skipped(body["skipped"]["count"], tuple(body["skipped"]["members"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FigmentError(f"{path} is not a readable manifest ({error!r}); ingest the data set again") from error
+    if manifest.content_hash != body["content_hash"]:
+        raise FigmentError(f"{path} does not match its own content hash: it was edited; ingest the data set again")
+    return manifest
