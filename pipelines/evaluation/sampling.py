@@ -1,0 +1,44 @@
+"""From stored weights back to a learner that draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from pyarrow import fs as pafs
+from safetensors.torch import load as load_safetensors
+from torch import Generator, Tensor
+
+import models
+from models.contract import ImageShape, Learner
+from pipelines.config import RunSpec, spec_from_dict
+from pipelines.errors import FigmentError
+from pipelines.training.checkpoint import load_bundle, load_networks, newest_bundle, set_network_tensors
+
+
+def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, RunSpec]:
+    """`path` is the folder of a bundle, or of a run (its newest bundle). Averaged weights when the run kept them."""
+    path = path.rstrip("/")
+    bundle = newest_bundle(fs, path) or load_bundle(fs, path)
+    learner = models.build(bundle.spec.model, ImageShape(*bundle.image_shape))
+    load_networks(fs, bundle, learner.networks(), averaged=True)
+    return learner, bundle.spec
+
+
+def learner_from_files(files: Mapping[str, bytes]) -> tuple[Learner, RunSpec]:
+    """From the `networks.safetensors` and `spec.json` that a tracked run published."""
+    missing = {"networks.safetensors", "spec.json"} - files.keys()
+    if missing:
+        raise FigmentError(f"the published model lacks {', '.join(sorted(missing))}; it was not published by Figment")
+    body = json.loads(files["spec.json"])
+    spec = spec_from_dict(body["spec"])
+    learner = models.build(spec.model, ImageShape(*body["image_shape"]))
+    set_network_tensors(learner.networks(), load_safetensors(files["networks.safetensors"]))
+    return learner, spec
+
+
+@torch.no_grad()
+def draw_samples(learner: Learner, n: int, seed: int) -> Tensor:
+    """uint8 (n, C, H, W), a pure function of weights, n and seed."""
+    return learner.sample(n, Generator().manual_seed(seed))
