@@ -1,7 +1,7 @@
 """Draw a grid of samples from a trained model: `python -m jobs.sample MODEL`, also through `ray job submit`.
 
-MODEL is a checkpoint or run folder in the storage (`runs/dcgan-demo`), an MLflow run id, or a registered model
-(`models:/figment-dcgan-demo/1`, `models:/figment-dcgan-demo@challenger`).
+MODEL is the folder of a run or checkpoint in the storage (`runs/dcgan-demo`, or with the storage's url in front), an
+MLflow run id, or a registered model (`models:/figment-dcgan-demo/1`, `models:/figment-dcgan-demo@challenger`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.objects import write_object
 @dataclass(frozen=True)
 class Arguments:
     model: tyro.conf.Positional[str]
-    """Folder of a checkpoint or run in the storage, MLflow run id, or models:/NAME/VERSION, models:/NAME@ALIAS."""
+    """Folder of a run or checkpoint, MLflow run id, or models:/NAME/VERSION, models:/NAME@ALIAS."""
     n: int = 64
     """Images to draw."""
     columns: int = 8
@@ -51,12 +51,11 @@ def main() -> None:
     from pipelines.training.visuals import grid, png
 
     to_store = arguments.output.startswith("store:")
-    from_store = arguments.model.startswith("runs/")
-    store = arguments.store or default_store()
-    if store is None and (to_store or from_store):
+    store, folder = _split(arguments.model, arguments.store or default_store())
+    if store is None and (to_store or folder):
         raise FigmentError("no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix")
-    if from_store:
-        learner, spec = learner_from_checkpoint(open_storage(str(store)), arguments.model)
+    if folder:
+        learner, spec = learner_from_checkpoint(open_storage(str(store)), folder)
     else:
         from pipelines.tracking import Tracking, fetch_published
 
@@ -77,6 +76,14 @@ def main() -> None:
         path.write_bytes(picture)
         place = str(path)
     print(f"{arguments.n} samples of {spec.recipe} (seed {arguments.seed}): {place}", flush=True)
+
+
+def _split(model: str, store: str | None) -> tuple[str | None, str]:
+    """(storage url, runs/… in it), or (store, "") for what is looked up in MLflow."""
+    if model.startswith("runs/"):
+        return store, model
+    root, found, rest = model.rpartition("/runs/")
+    return (root, f"runs/{rest}") if found else (store, "")
 
 
 if __name__ == "__main__":

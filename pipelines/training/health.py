@@ -31,8 +31,8 @@ class Health:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"at {images_seen:,} images seen: metric {name!r} is {value}; lower the learning rate or set --training.grad-clip;"
-                    " the run stops here and the last checkpoint is kept"
+                    f"at {images_seen:,} images seen: metric {name!r} is {value}; lower the learning rate or set"
+                    " --training.grad-clip; the run stops here and the last checkpoint is kept"
                 )
         sentences = learner.diagnose(metrics) if isinstance(learner, Diagnoses) else []
         return self._turned("metrics", sentences, images_seen)
@@ -44,7 +44,8 @@ class Health:
             f"samples are only {ratio:.0%} as different from each other as real images: the model may be collapsing;"
             " look at the latest grid, and if they look alike lower the learning rate or go back to an earlier checkpoint"
         )
-        return ratio, self._turned("samples", [sentence] if ratio < COLLAPSED_BELOW else [], images_seen)
+        sentences = [sentence] if ratio < COLLAPSED_BELOW else []
+        return ratio, self._turned("samples", sentences, images_seen)
 
     def _turned(self, topic: str, sentences: list[str], images_seen: int) -> list[str]:
         if images_seen < self._speaks_from:

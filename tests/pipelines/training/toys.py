@@ -19,7 +19,9 @@ MODELS_IN_SMALL: dict[str, object] = {
 }
 
 
-def toy_dataset(fs: pafs.FileSystem, shape: tuple[int, int, int] = (1, 8, 8), train: int = 70, test: int = 30) -> Manifest:
+def toy_dataset(
+    fs: pafs.FileSystem, shape: tuple[int, int, int] = (1, 8, 8), train: int = 70, test: int = 30
+) -> Manifest:
     """Two kinds of image, a bright left half and a bright top half, with a little noise."""
 
     def shards(rows: int, seed: int) -> tuple[Shard, ...]:
@@ -45,7 +47,9 @@ def toy_dataset(fs: pafs.FileSystem, shape: tuple[int, int, int] = (1, 8, 8), tr
     return manifest
 
 
-def toy_spec(model: str, *, images: int = 240, workers: int = 1, checkpoint_every: int = 10**9, seed: int = 3) -> RunSpec:
+def toy_spec(
+    model: str, *, images: int = 240, workers: int = 1, checkpoint_every: int = 10**9, seed: int = 3
+) -> RunSpec:
     return RunSpec(
         recipe=f"{model}-toy",
         model=MODELS_IN_SMALL[model],  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""Gradients between `backward()` and `step()`: averaging over real processes, the finite check, clipping."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import models
+from models.contract import Batch, ImageShape
+from models.vae import vae
+from pipelines.training.gradients import NonFiniteError, average_over_workers, broadcast_from_first, guard_optimizers
+
+SHAPE = ImageShape(1, 6, 6)
+
+
+def _join(rank: int, world: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+
+
+def _vae_gradients(images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """d/dθ of the mean negative ELBO of `images` under the noise given, at seed-0 weights; averaged over workers."""
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"encoder": vae.Encoder(36, 16, 3), "decoder": vae.BernoulliDecoder(36, 16, 3)})
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    guard_optimizers({"vae": network}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 1")
+    x = (images.flatten(1) > 127).float()
+    mu, log_var = network["encoder"](x)
+    z = mu + (log_var / 2).exp() * noise
+    loss = (vae.kl_to_prior(mu, log_var) - network["decoder"].log_likelihood(x, z[None])[0]).mean()
+    loss.backward()
+    optimizer.step()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def _half_batch(rank: int, world: int, folder: str, images: Tensor, noise: Tensor) -> None:
+    _join(rank, world, f"{folder}/meeting")
+    own = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
+    torch.save(_vae_gradients(images[own], noise[own]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_with_half_the_batch_have_the_gradients_of_one_with_all_of_it(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (16, 1, 6, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    noise = torch.randn(16, 3, generator=torch.Generator().manual_seed(2))
+    whole = _vae_gradients(images, noise)
+    mp.spawn(_half_batch, (2, str(tmp_path), images, noise), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(halves[0][name], gradient, rtol=1e-5, atol=1e-7)
+        assert torch.equal(halves[0][name], halves[1][name]), name
+
+
+def _train_gan(rank: int, world: int, folder: str) -> None:
+    _join(rank, world, f"{folder}/meeting")
+    torch.manual_seed(rank)  # other weights on each worker, until the first one's are sent to all
+    learner = models.build(
+        models.MODELS["dcgan"].config(latent=4, generator_width=4, discriminator_width=4), ImageShape(1, 8, 8)
+    )
+    broadcast_from_first(learner.networks())
+    guard_optimizers(learner.networks(), learner.optimizers(), grad_clip=None, where=lambda: "step")
+    rng = torch.Generator().manual_seed(rank)
+    for _ in range(3):
+        images = torch.randint(0, 256, (6, 1, 8, 8), generator=rng).to(torch.uint8)
+        learner.step(Batch(images, torch.zeros(6, dtype=torch.long), 0), rng)
+    torch.save({n: m.state_dict() for n, m in learner.networks().items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_both_networks_of_a_gan_stay_equal_on_all_workers_while_their_data_differ(tmp_path: Path) -> None:
+    mp.spawn(_train_gan, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for network, tensors in first.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second[network][name]), (network, name)
+
+
+def _average(rank: int, world: int, folder: str) -> None:
+    _join(rank, world, f"{folder}/meeting")
+    tensors = [
+        torch.full((2, 2), float(rank)),
+        torch.tensor([1.0, 5.0]) * (rank + 1),
+        torch.ones(3, dtype=torch.float64) * rank,
+    ]
+    average_over_workers(tensors)
+    torch.save(tensors, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_average_over_workers_is_the_mean_per_tensor_and_keeps_shapes_and_dtypes(tmp_path: Path) -> None:
+    mp.spawn(_average, (2, str(tmp_path)), nprocs=2)
+    a, b, c = torch.load(tmp_path / "0.pt")
+    assert torch.equal(a, torch.full((2, 2), 0.5))
+    assert torch.equal(b, torch.tensor([1.5, 7.5]))
+    assert torch.equal(c, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+@pytest.fixture
+def line() -> tuple[nn.Linear, torch.optim.SGD]:
+    layer = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer, torch.optim.SGD(layer.parameters(), lr=1.0)
+
+
+def test_a_gradient_longer_than_the_clip_keeps_its_direction_and_gets_its_length(
+    line: tuple[nn.Linear, torch.optim.SGD],
+) -> None:
+    layer, optimizer = line
+    guard_optimizers({"net": layer}, {"sgd": optimizer}, grad_clip=1.0, where=lambda: "step 1")
+    layer(torch.tensor([[3.0, 4.0]])).sum().backward()  # gradient (3, 4), length 5
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), torch.tensor([[-0.6, -0.8]]))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (math.inf, "infinite")])
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_is_named(
+    line: tuple[nn.Linear, torch.optim.SGD], value: float, kind: str
+) -> None:
+    layer, optimizer = line
+    guard_optimizers({"critic": layer}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 7 (640 images seen)")
+    layer(torch.tensor([[value, 1.0]])).sum().backward()
+    with pytest.raises(NonFiniteError, match=rf"step 7 \(640 images seen\).*critic\.weight is {kind}.*'sgd'"):
+        optimizer.step()
+    assert torch.equal(layer.weight.detach(), torch.zeros(1, 2))
+
+
+def test_finite_gradients_whose_norm_overflows_are_refused_too(line: tuple[nn.Linear, torch.optim.SGD]) -> None:
+    layer, optimizer = line
+    guard_optimizers({"net": layer}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 1")
+    layer(torch.tensor([[3e38, 3e38]])).sum().backward()
+    with pytest.raises(NonFiniteError, match="overflowed"):
+        optimizer.step()
