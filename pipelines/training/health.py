@@ -42,7 +42,7 @@ class Health:
         ratio = diversity_index(pixel_features(samples), pixel_features(real))
         sentence = (
             f"samples are only {ratio:.0%} as different from each other as real images: the model may be collapsing;"
-            " look at the latest grid, and if they look alike lower the learning rate or go back to an earlier checkpoint"
+            " look at the latest grid, and if they look alike lower the learning rate or go back a checkpoint"
         )
         sentences = [sentence] if ratio < COLLAPSED_BELOW else []
         return ratio, self._turned("samples", sentences, images_seen)

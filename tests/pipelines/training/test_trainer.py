@@ -1,0 +1,147 @@
+"""Ray Train for real: two workers, killed workers, killed drivers, and errors that must not be tried again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from pyarrow import fs as pafs
+
+from pipelines.errors import FigmentError
+from pipelines.objects import children, exists, read_object
+from pipelines.training.checkpoint import newest_bundle
+from pipelines.training.trainer import launch
+from tests.pipelines.training.toys import DATASET, toy_dataset, toy_spec
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def _train_command(name: str, store: Path, *more: str) -> list[str]:
+    small = {
+        "--data.dataset": DATASET,
+        "--model.latent": "8",
+        "--model.generator-width": "4",
+        "--model.discriminator-width": "4",
+        "--training.images": "6000",
+        "--training.batch-size": "20",
+        "--training.checkpoint-every": "400",
+        "--training.log-every": "1000",
+        "--visuals.frames": "3",
+        "--cluster.workers": "2",
+        "--cluster.cpus-per-worker": "0.5",
+    }
+    overrides = [part for item in small.items() for part in item]
+    where = ["--name", name, "--store", str(store), "--tracking", "none"]
+    return [sys.executable, "-m", "jobs.train", "dcgan-demo", *overrides, *where, *more]
+
+
+def _start(command: list[str], address: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        env = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+
+def _wait_for(what: str, happened: Callable[[], bool], log: Path, seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"{what} did not happen; the job's output:\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def _images_seen(fs: pafs.FileSystem, run: str) -> int:
+    root = f"runs/{run}/checkpoints"
+    done = [int(name) for name in children(fs, root) if exists(fs, f"{root}/{name}/bundle.json")]
+    return max(done, default=0)
+
+
+def _workers() -> list[psutil.Process]:
+    """The training workers among this session's own processes."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_a_run_whose_worker_and_then_driver_are_killed_equals_an_uninterrupted_one_to_the_bit(
+    ray_cluster: str, tmp_path: Path
+) -> None:
+    fs = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    toy_dataset(fs)
+    log = tmp_path / "log"
+
+    whole = _start(_train_command("whole", tmp_path), ray_cluster, log)
+    assert whole.wait(timeout=300) == 0, log.read_text()
+
+    job = _start(_train_command("killed", tmp_path), ray_cluster, log)
+    _wait_for("the first checkpoint", lambda: _images_seen(fs, "killed") >= 400, log)
+    victim = _workers()[0]
+    victim.send_signal(signal.SIGKILL)
+    at_kill = _images_seen(fs, "killed")
+    assert at_kill < 6000, "the run was over before its worker could be killed"
+    _wait_for("progress after the loss of a worker", lambda: _images_seen(fs, "killed") > at_kill, log)
+    assert job.poll() is None, log.read_text()
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert _images_seen(fs, "killed") < 6000, "the run was over before its driver could be killed"
+    _wait_for("the end of the dead driver's workers", lambda: not _workers(), log)
+
+    again = _start(_train_command("killed", tmp_path), ray_cluster, log)
+    assert again.wait(timeout=300) == 0, log.read_text()
+    assert "resumed from runs/killed/checkpoints/" in log.read_text()
+    for name in ("networks.safetensors", "ema.safetensors"):
+        files = [read_object(fs, f"runs/{run}/checkpoints/{6000:012d}/{name}") for run in ("whole", "killed")]
+        assert files[0] == files[1], name
+
+    repeated = _start(_train_command("killed", tmp_path), ray_cluster, tmp_path / "repeated")
+    assert repeated.wait(timeout=120) == 0
+    assert "is complete at 6,000 images" in (tmp_path / "repeated").read_text()
+
+    other = _start(_train_command("killed", tmp_path, "--training.seed", "7"), ray_cluster, tmp_path / "other")
+    assert other.wait(timeout=120) == 2
+    assert "training.seed 0 -> 7" in (tmp_path / "other").read_text()
+
+
+def test_a_run_goes_on_with_another_number_of_workers(store: pafs.FileSystem) -> None:
+    toy_dataset(store)
+    said: list[str] = []
+    for images, workers in ((120, 2), (240, 1)):
+        outcome = launch(
+            toy_spec("vae", images=images, workers=workers), store, name="n", tracking=None, tags={}, say=said.append
+        )
+    assert outcome.images_seen == 240
+    assert any("resumed from runs/n/checkpoints/000000000120" in line for line in said)
+    bundle = newest_bundle(store, "runs/n")
+    assert bundle is not None and bundle.cursor.world_size == 1
+
+
+def test_numbers_that_are_not_finite_end_the_run_in_one_sentence(store: pafs.FileSystem) -> None:
+    toy_dataset(store)
+    spec = toy_spec("vae", workers=2)
+    wild = replace(spec, model=replace(spec.model, learning_rate=1e38))
+    with pytest.raises(FigmentError, match=r"step \d+ \(\d+ images seen\): the gradient of \w+\..* before the update"):
+        launch(wild, store, name="wild", tracking=None, tags={}, say=lambda line: None)
+    assert len(children(store, "runs/wild/errors")) == 1, "one attempt met the error; the restart must not train again"
+
+
+def test_workers_that_the_cluster_can_never_place_are_refused_at_once(store: pafs.FileSystem) -> None:
+    toy_dataset(store)
+    spec = toy_spec("vae", workers=20)
+    with pytest.raises(FigmentError, match=r"20 workers of 0.5 CPUs .* need 11 logical CPUs, the cluster has 4"):
+        launch(spec, store, name="big", tracking=None, tags={}, say=lambda line: None)
+    with_gpus = replace(spec, cluster=replace(spec.cluster, gpu="yes"))
+    with pytest.raises(FigmentError, match=r"needs 20 GPUs, the cluster has 0"):
+        launch(with_gpus, store, name="big", tracking=None, tags={}, say=lambda line: None)
