@@ -1,0 +1,71 @@
+"""Every job says what it takes, and refuses what it does not know with the nearest name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import spec_from_dict
+from pipelines.recipes import RECIPES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+JOBS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py") if path.stem not in ("__init__", "entry"))
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_names_the_job_and_explains_every_option(job: str) -> None:
+    done = _run(f"jobs.{job}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"jobs.{job}" in done.stdout
+    assert len(done.stdout.splitlines()) >= 8
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_help_with_its_own_defaults_and_a_dry_run_that_prints_the_spec(recipe: str) -> None:
+    spec = RECIPES[recipe]()
+    text = _run("jobs.train", recipe, "--help").stdout
+    for option in (
+        "--model.",
+        "--data.dataset",
+        "--training.images",
+        "--visuals.clock",
+        "--cluster.workers",
+        "--store",
+    ):
+        assert option in text, option
+    assert f"(default: {spec.data.dataset})" in " ".join(text.replace("│", " ").split())
+    done = _run("jobs.train", recipe, "--dry-run", "--training.seed", "5", "--cluster.workers", "1")
+    assert done.returncode == 0, done.stderr
+    resolved = spec_from_dict(json.loads(done.stdout))
+    assert (resolved.training.seed, resolved.cluster.workers) == (5, 1)
+    assert resolved.model == spec.model and resolved.expected == spec.expected
+
+
+def test_typing_errors_are_refused_with_the_nearest_name() -> None:
+    option = _run("jobs.train", "dcgan-demo", "--training.imges", "3")
+    assert option.returncode == 2 and "--training.images" in option.stderr + option.stdout
+    recipe = _run("jobs.train", "dcgan-dmo")
+    assert recipe.returncode == 2
+    assert recipe.stderr.startswith("error: there is no recipe 'dcgan-dmo'; did you mean 'dcgan-demo'?")
+    value = _run("jobs.train", "dcgan-demo", "--training.images", "many")
+    assert value.returncode == 2
+
+
+def test_a_job_without_a_storage_says_what_to_set() -> None:
+    done = _run("jobs.train", "dcgan-demo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("error: no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix\n")
+
+
+def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts() -> None:
+    done = _run("jobs.train", "dcgan-demo", "--dry-run", "--training.batch-size", "63")
+    assert done.returncode == 2
+    assert "--training.batch-size 63 cannot be split evenly among --cluster.workers 2" in done.stderr

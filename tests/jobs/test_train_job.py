@@ -1,0 +1,116 @@
+"""What `make train` does, in small: an ingest and a training by `ray job submit`, on real S3 and MLflow servers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import mlflow
+import numpy as np
+import pytest
+import ray
+from mlflow import MlflowClient
+from PIL import Image
+from pyarrow import fs as pafs
+
+from pipelines.data.manifest import load_manifest
+from pipelines.objects import exists
+from tests.pipelines.data.archives import cifar10_binary, random_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXCLUDES = [".git", ".venv", ".figment", "data", "docs", ".hypothesis", ".mypy_cache", ".ruff_cache"]
+
+
+def _submit(*command: str) -> subprocess.CompletedProcess[str]:
+    """The documented command line, as a user types it."""
+    environment = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://{ray.worker.global_worker.node.webui_url}"}
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
+    excludes = ["--runtime-env-json", json.dumps({"excludes": EXCLUDES})]
+    return subprocess.run(
+        [*submit, *excludes, "--", "python", "-m", *command],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ingest_and_training_through_job_submission_end_in_pictures_and_a_tracked_run(
+    s3_store: tuple[str, pafs.FileSystem], mlflow_server: str, tmp_path: Path
+) -> None:
+    url, fs = s3_store
+    archive = cifar10_binary(
+        tmp_path / "cifar-10-binary.tar.gz", [random_images(40, seed=i) for i in range(5)], random_images(50, seed=9)
+    )
+    ingest = _submit("jobs.ingest", str(archive), url, "--dataset-name", "small")
+    assert ingest.returncode == 0, ingest.stdout + ingest.stderr
+    manifest = load_manifest(fs, "small")
+    assert (manifest.rows("train"), manifest.rows("test")) == (200, 50)
+
+    options = {
+        "--data.dataset": "small",
+        "--model.generator-width": "4",
+        "--model.discriminator-width": "4",
+        "--training.images": "640",
+        "--training.batch-size": "32",
+        "--training.log-every": "160",
+        "--training.checkpoint-every": "320",
+        "--visuals.frames": "5",
+        "--visuals.grid": "4",
+        "--cluster.cpus-per-worker": "0.5",
+        "--store": url,
+        "--tracking": mlflow_server,
+        "--output": str(tmp_path / "out"),
+    }
+    train = _submit("jobs.train", "dcgan-demo", *(part for item in options.items() for part in item))
+    assert train.returncode == 0, train.stdout + train.stderr
+    for words in ("2 worker(s)", "img/s", "stall", "ETA", "sample grid", "animation", "MLflow", "expected swd", "got "):
+        assert words in train.stdout, words
+
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        grid = np.asarray(picture)
+    assert min(grid.shape[:2]) >= 4 * 32
+    frames = iio.imread(io.BytesIO((tmp_path / "out" / "training.mp4").read_bytes()), extension=".mp4")
+    assert len(frames) >= 5
+    assert exists(fs, f"runs/dcgan-demo/checkpoints/{640:012d}/bundle.json")
+
+    client = MlflowClient(mlflow_server)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "figment"]
+    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'dcgan-demo'")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.images"] == "640"
+    assert run.data.tags["data.version"] == manifest.version
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss_d")]
+    assert steps == [160, 320, 480, 640]
+    assert {f.path for f in client.list_artifacts(run.info.run_id, "final")} >= {
+        "final/samples.png",
+        "final/training.mp4",
+    }
+    model = mlflow.pyfunc.load_model(f"{_registry(mlflow_server)}/figment-dcgan-demo@challenger")
+    images = model.predict(np.random.default_rng(0).uniform(-1, 1, (3, 100)).astype(np.float32))
+    assert images.shape == (3, 3, 32, 32) and 0 <= images.min() <= images.max() <= 1
+
+    of_run, of_store = tmp_path / "of_run.png", tmp_path / "of_store.png"
+    _draw("runs/dcgan-demo", "--store", url, "--output", str(of_store))
+    _draw(run.info.run_id, "--tracking", mlflow_server, "--output", str(of_run))
+    assert of_store.read_bytes() == of_run.read_bytes(), "one model, two ways to it, the same pixels"
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in train.stdout + train.stderr + ingest.stdout + ingest.stderr + repr(run.data)
+
+
+def _draw(*arguments: str) -> None:
+    command = [sys.executable, "-m", "jobs.sample", "--n", "9", "--columns", "3", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def _registry(uri: str) -> str:
+    mlflow.set_tracking_uri(uri)
+    return "models:"
