@@ -4,8 +4,9 @@
     datasets/NAME/shards/<first 16 hex digits of content_sha256>.parquet …
 
 Shards are named after their content, so versions share what they have in common and a repeated ingest writes nothing
-twice. A shard has two columns: `image` (fixed-size binary, C*H*W bytes in (C, H, W) order when `encoding` is "raw", else binary:
-one encoded file) and `label` (int32, an index into `label_names`). VERSION is the first 12 hex digits of the content hash.
+twice. A shard has two columns: `image` (fixed-size binary, C*H*W bytes in (C, H, W) order when `encoding` is "raw", else
+binary: one encoded file) and `label` (int32, an index into `label_names`; -1 when unlabelled). VERSION is the first 12
+hex digits of the content hash.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def load_manifest(fs: pafs.FileSystem, dataset: str) -> Manifest:
         known = [n for n in children(fs, DATASETS) if not n.startswith(".")]
         raise FigmentError(
             f"there is no complete data set {dataset!r} under {DATASETS}/ in the storage"
-            f" (found: {', '.join(known) or 'none'}); ingest it with `python -m jobs.ingest SOURCE --dataset-name {name}`"
+            f" (found: {', '.join(known) or 'none'});"
+            f" ingest it with `python -m jobs.ingest SOURCE --dataset-name {name}`"
         )
     manifests = [_parse(read_object(fs, f"{root}/{v}/manifest.json"), f"{root}/{v}/manifest.json") for v in versions]
     return max(manifests, key=lambda m: m.created_at)

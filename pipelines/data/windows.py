@@ -1,0 +1,173 @@
+"""One window of shards out of the storage: what a task of the stream does.
+
+Fetch each shard whole, check size and sha256 against the manifest, put its rows at their places in the order, hand out
+contiguous Arrow blocks. Raw images are moved as bytes and never become Python objects. Encoded ones are handed out as
+they are stored, each with where it is from, and `decode` makes pixels of one block: a second kind of task, because
+pixels may take ten times the room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pyarrow import fs as pafs
+
+from pipelines.data.manifest import Shard
+from pipelines.data.plan import Window, window_order
+from pipelines.errors import FigmentError
+
+BLOCK_BYTES = 32 * 2**20  # decoded images of one Arrow block
+REPAIR = "delete it and run the ingest of the data set again, which writes what is missing"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a task has to know of the data set."""
+
+    name: str
+    root: str
+    image_shape: tuple[int, int, int]
+    encoding: str
+
+    @property
+    def raw(self) -> bool:
+        return self.encoding == "raw"
+
+    @property
+    def width(self) -> int:
+        """Bytes of one decoded image."""
+        return math.prod(self.image_shape)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows lo … hi-1 of shards read together; in stored order where `order` is None, else (seed, epoch, window)."""
+
+    shards: tuple[Shard, ...]
+    lo: int
+    hi: int
+    order: tuple[int, int, Window] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.hi - self.lo
+
+
+def read_window(fs: pafs.FileSystem, layout: Layout, read: Read) -> Iterator[pa.Table]:
+    """Blocks of the rows asked for, in order: `image`, `label` int32; encoded images come with `where`, for errors.
+
+    Raises `FigmentError` naming the shard that is missing, cut off, damaged or not what the manifest says.
+    """
+    if not layout.raw:
+        yield _encoded(fs, layout, read)
+        return
+    images = np.empty((read.rows, layout.width), np.uint8)
+    labels = np.empty(read.rows, np.int32)
+    for shard, rows, places in _asked(read):
+        table = _load(fs, layout, shard)
+        pixels, ids = pixels_of(table["image"], layout.width), table["label"].to_numpy()
+        images[places], labels[places] = pixels[rows], ids[rows]
+    step = max(1, BLOCK_BYTES // layout.width)
+    for i in range(0, read.rows, step):
+        yield _table(images[i : i + step], labels[i : i + step])
+
+
+def decode(layout: Layout, block: pa.Table) -> pa.Table:
+    """Encoded images -> `image` as fixed-size binary of C*H*W bytes. `FigmentError` names the row of a bad one."""
+    pixels = np.empty((block.num_rows, *layout.image_shape), np.uint8)
+    for i, (image, where) in enumerate(zip(block["image"], block["where"], strict=True)):
+        pixels[i] = _decode(layout, image.as_buffer(), where)
+    return _table(pixels.reshape(-1, layout.width), block["label"])
+
+
+def _encoded(fs: pafs.FileSystem, layout: Layout, read: Read) -> pa.Table:
+    tables, order = [], []
+    for shard, rows, places in _asked(read):
+        ids = np.arange(shard.rows)[rows]
+        where = pa.array([f"row {i} of shard {layout.root}/{shard.path}" for i in ids.tolist()], pa.string())
+        tables.append(_load(fs, layout, shard).take(ids).append_column("where", where))
+        order.append(places)
+    return pa.concat_tables(tables).take(np.argsort(np.concatenate(order)))
+
+
+def _asked(read: Read) -> Iterator[tuple[Shard, np.ndarray | slice, np.ndarray]]:
+    """(shard, its rows that are asked for, their places in the output); shards of which none is are left out."""
+    total = sum(shard.rows for shard in read.shards)
+    places = np.empty(total, np.int64)
+    places[slice(None) if read.order is None else window_order(*read.order)] = np.arange(total) - read.lo
+    for shard, to in zip(read.shards, np.split(places, np.cumsum([s.rows for s in read.shards])[:-1]), strict=True):
+        rows = (to >= 0) & (to < read.rows)
+        if rows.all():
+            yield shard, slice(None), to  # a whole shard needs no second copy
+        elif rows.any():
+            yield shard, rows, to[rows]
+
+
+def pixels_of(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """uint8 (N, width) of a fixed-size binary column, without a copy where it is one chunk."""
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width).reshape(-1, width)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
+
+
+def _table(pixels: np.ndarray, labels: np.ndarray) -> pa.Table:
+    width = pixels.shape[1]
+    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(pixels), [None, pa.py_buffer(pixels)])
+    return pa.table({"image": images, "label": labels})
+
+
+def _load(fs: pafs.FileSystem, layout: Layout, shard: Shard) -> pa.Table:
+    """The table of a shard, after size and sha256 are found to be what the manifest says."""
+    path = f"{layout.root}/{shard.path}"
+    where = f"shard {path} of data set {layout.name!r}"
+    try:
+        # One request for the whole object: a stream of a pyarrow S3 filesystem reads it in many, ten times slower.
+        with fs.open_input_file(path) as file:
+            data = file.readall()
+    except FileNotFoundError as error:
+        raise FigmentError(f"{where} is missing in the storage; {REPAIR}") from error
+    except OSError as error:
+        reason = " ".join(str(error).split())  # one sentence, however many lines the storage has to say
+        raise FigmentError(f"{where} cannot be read: {reason}; check the storage and run it again") from error
+    if len(data) != shard.bytes:
+        raise FigmentError(f"{where} has {len(data)} bytes, its manifest says {shard.bytes}; {REPAIR}")
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise FigmentError(f"{where} is damaged: its sha256 is not the one of the manifest; {REPAIR}")
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=["image", "label"], use_threads=False)
+    except pa.ArrowException as error:
+        raise FigmentError(f"{where} is not readable Parquet ({error}); {REPAIR}") from error
+    image = pa.binary(layout.width) if layout.raw else pa.binary()
+    if table.num_rows != shard.rows or table.schema.types != [image, pa.int32()]:
+        raise FigmentError(
+            f"{where} has {table.num_rows} rows of {table.schema.types}, its manifest says {shard.rows} of"
+            f" {[image, pa.int32()]}; {REPAIR}"
+        )
+    return table
+
+
+def _decode(layout: Layout, file: pa.Buffer, where: pa.StringScalar) -> np.ndarray:
+    """uint8 (C, H, W) of one encoded image."""
+    gray = layout.image_shape[0] == 1
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            pixels = np.asarray(image.convert("L" if gray else "RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FigmentError(f"{where} cannot be decoded ({error}); {REPAIR}") from error
+    pixels = pixels[None] if gray else pixels.transpose(2, 0, 1)
+    if pixels.shape != layout.image_shape:
+        raise FigmentError(f"{where} has shape {pixels.shape}, the manifest says {layout.image_shape}; {REPAIR}")
+    return pixels
