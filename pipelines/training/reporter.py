@@ -127,6 +127,7 @@ class TrackedReporter(Reporter):
             self._say("  test  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def checkpoint(self, path: str) -> None:
+        self._run.settle()  # what is tracked up to here is sent, or in the run folder, before the bundle counts
         self._say(f"  checkpoint {path}")
 
     def picture_due(self, before: int, images_seen: int) -> bool:
@@ -192,7 +193,11 @@ class TrackedReporter(Reporter):
             tracking_url=self._run.url,
         )
         self._run.note(_summary(launch, outcome))
-        self._run.close("FINISHED")
+        if waiting := self._run.close("FINISHED"):
+            self._say(
+                f"  ! {waiting} parcels of records could not be sent to MLflow ({self._run.trouble}); they are kept in"
+                f" {launch.folder}/tracking-outbox and sent when the same command is run again"
+            )
         write_json(launch.fs, f"{launch.folder}/outcome.json", {**asdict(outcome), "tracking_url": self._run.url})
         return outcome
 

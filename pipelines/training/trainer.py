@@ -19,7 +19,7 @@ from pipelines.config import RunSpec
 from pipelines.data.manifest import load_manifest
 from pipelines.errors import FigmentError
 from pipelines.objects import exists, read_json, write_json
-from pipelines.tracking import Tracking
+from pipelines.tracking import Tracking, send_outbox
 from pipelines.training.reporter import Outcome, Reporter, TrackedReporter
 from pipelines.training.worker import Launch, Place, TrainingLoop
 
@@ -47,6 +47,8 @@ def launch(
     run = Launch(name, spec, fs, manifest)
     finished = _claim(run)
     if finished is not None:
+        if tracking is not None:  # what an unreachable server has not seen yet
+            send_outbox(tracking, (fs, f"{run.folder}/tracking-outbox"))
         say(f"run {name!r} is complete at {finished.images_seen:,} images; choose another --name to train anew")
         return finished
     use_gpu = _check_cluster(spec)

@@ -190,7 +190,7 @@ def _mp4(pictures: Sequence[tuple[Image.Image, str]], size: tuple[int, int], fra
 
 
 def _gif(pictures: Sequence[tuple[Image.Image, str]], size: tuple[int, int], frame_s: float) -> bytes:
-    share, step = min(1.0, _GIF_SIDE / (max(size) + _CAPTION + 1)), 1
+    share, step = min(1.0, (_GIF_SIDE - _CAPTION - 1) / max(size)), 1
     while True:
         # Counted from the end, so that the last frame is always one of them.
         chosen = pictures[::-1][::step][::-1]
