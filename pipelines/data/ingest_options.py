@@ -1,0 +1,109 @@
+"""What an ingest is asked for, what that comes to for one source, and the key that says "the same ingest"."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import PIL
+
+from pipelines.data.images import stored_shape
+from pipelines.data.packing import check_name
+from pipelines.data.sources import detect_format, fingerprint, read_images
+from pipelines.data.sources_io import EncodedImage, ImageFile, Images, Source, SourceImage
+from pipelines.errors import FigmentError
+
+Encoding = Literal["auto", "raw", "png", "jpeg", "webp"]
+RAW_UP_TO = 64  # pixels a side; larger images are encoded
+DEFAULT_SIZE = 64  # pixels a side, for sources of image files
+SIZES = range(8, 1025)
+SHARD_BYTES = 8 * 2**20
+SHARD_ROWS = range(64, 4097)
+BYTES_A_VALUE = {"raw": 1.0, "png": 0.6, "jpeg": 0.2, "webp": 0.5}  # of photographs, for the number of rows a shard
+REVISION = 1  # counts the changes to this pipeline that change the shards it makes
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """What makes a difference to the shards, and so to the key under which a killed run is taken up again."""
+
+    dataset_name: str
+    format: str = "auto"
+    size: int | None = None  # pixels a side; None: raw pixels keep theirs, image files get DEFAULT_SIZE
+    encoding: Encoding = "auto"
+    rows_per_shard: int | None = None
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    mix_shards: int = 64  # open at the same time: more mix a sorted source better and take more memory
+
+    def __post_init__(self) -> None:
+        check_name(self.dataset_name)
+        if self.size is not None and self.size not in SIZES:
+            raise FigmentError(f"size {self.size} is not in {SIZES[0]} … {SIZES[-1]} pixels")
+        if self.encoding not in get_args(Encoding):
+            raise FigmentError(f"unknown encoding {self.encoding!r}; known: {', '.join(get_args(Encoding))}")
+        if self.rows_per_shard is not None and self.rows_per_shard < 1:
+            raise FigmentError(f"rows per shard must be at least 1, not {self.rows_per_shard}")
+        if self.mix_shards < 1:
+            raise FigmentError(f"mix shards must be at least 1, not {self.mix_shards}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the options come to for one source."""
+
+    format: str
+    size: int | None
+    encoding: str
+    image_shape: tuple[int, int, int]
+    rows_per_shard: int
+
+
+def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]:
+    """What the options come to, after a look at the first image; also all images, that one included."""
+    with source.reading():
+        name = detect_format(source) if options.format == "auto" else options.format
+    images = read_images(source, name)
+    try:
+        first = next(images)
+    except StopIteration as end:  # read_images raises when there is none
+        raise AssertionError("read_images ended without an image and without an error") from end
+    size = options.size
+    if size is None and isinstance(first, EncodedImage | ImageFile):
+        size = DEFAULT_SIZE
+    shape = stored_shape(first, size)
+    if size is not None and not isinstance(first, EncodedImage | ImageFile) and first.pixels.shape == shape:
+        size = None
+    encoding: str = options.encoding
+    if encoding == "auto":
+        encoding = "raw" if max(shape[1:]) <= RAW_UP_TO else "png"
+    rows = options.rows_per_shard
+    if rows is None:
+        wanted = int(SHARD_BYTES / (np.prod(shape) * BYTES_A_VALUE[encoding]))
+        rows = min(max(wanted, SHARD_ROWS[0]), SHARD_ROWS[-1])
+    return Layout(name, size, encoding, shape, rows), _with_first(first, images)
+
+
+def _with_first(first: SourceImage, rest: Images) -> Images:
+    yield first
+    return (yield from rest)
+
+
+def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
+    """Names what goes in: the same key, the same shards."""
+    with source.reading():
+        files = fingerprint(source)
+    body = {
+        "revision": REVISION,
+        "pillow": PIL.__version__,
+        "source": source.name,
+        "files": files,
+        "labels": hashlib.sha256("\n".join(source.labels or ()).encode()).hexdigest(),
+        "dataset": options.dataset_name,
+        "on_bad_image": options.on_bad_image,
+        "mix_shards": options.mix_shards,
+        "layout": asdict(layout),
+    }
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,182 @@
+"""Sources that hold bare pixels: CIFAR-10 in both layouts, and IDX files."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import struct
+from typing import IO, Any
+
+import numpy as np
+from pyarrow import fs as pafs
+
+from pipelines.data.sources_io import Images, Member, RawImage, Source, read_exactly, tar_members
+
+CIFAR_SHAPE = (3, 32, 32)
+CIFAR_PIXELS = 3 * 32 * 32
+CIFAR_RECORD = 1 + CIFAR_PIXELS  # bytes: one label, then the red, green and blue planes
+RECORDS_AT_ONCE = 512
+
+
+# --- CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html) ----------------------------------------
+
+
+def cifar10_binary(source: Source) -> Images:
+    """`cifar-10-binary.tar.gz`: `data_batch_N.bin` and `test_batch.bin` of records of 1 label and 3,072 pixel bytes."""
+    names: tuple[str, ...] = ()
+    for member in tar_members(source, source.open()):
+        if member.base_name == "batches.meta.txt":
+            names = tuple(member.stream.read().decode("utf-8", "replace").split())
+        elif split := _cifar_split(member, ".bin"):
+            if member.size == 0 or member.size % CIFAR_RECORD:
+                source.refuse(f"has {member.size:,} bytes, which is no multiple of the {CIFAR_RECORD:,} of a record")
+            for first in range(0, member.size // CIFAR_RECORD, RECORDS_AT_ONCE):
+                n = min(RECORDS_AT_ONCE, member.size // CIFAR_RECORD - first)
+                data = read_exactly(
+                    source, member.stream, n * CIFAR_RECORD, f"its {member.size // CIFAR_RECORD:,} records"
+                )
+                records = np.frombuffer(data, np.uint8).reshape(n, CIFAR_RECORD)
+                _check_labels(source, records[:, 0], 10, first, CIFAR_RECORD)
+                for i, record in enumerate(records, first):
+                    yield RawImage(split, record[1:].reshape(CIFAR_SHAPE), int(record[0]), f"{member.name}[{i}]")
+    return _ten_names(source, names, "batches.meta.txt")
+
+
+def cifar10_python(source: Source) -> Images:
+    """`cifar-10-python.tar.gz`: pickled dicts of `data` uint8 (N, 3072) and `labels`; nothing in them can run."""
+    names: tuple[str, ...] = ()
+    for member in tar_members(source, source.open()):
+        if member.base_name == "batches.meta":
+            found = _unpickled(source, member).get(b"label_names", ())
+            names = tuple(n.decode() for n in found if isinstance(n, bytes))
+        elif split := _cifar_split(member, ""):
+            batch = _unpickled(source, member)
+            pixels, labels = batch.get(b"data"), batch.get(b"labels")
+            if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (CIFAR_PIXELS,):
+                source.refuse(f"its b'data' is no uint8 array of shape (N, {CIFAR_PIXELS:,})")
+            if not isinstance(labels, list) or len(labels) != len(pixels):
+                source.refuse(f"has {len(pixels):,} images, but b'labels' is no list of as many labels")
+            _check_labels(source, np.asarray(labels), 10)
+            for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
+                yield RawImage(split, row.reshape(CIFAR_SHAPE), int(label), f"{member.name}[{i}]")
+    return _ten_names(source, names, "batches.meta")
+
+
+def _cifar_split(member: Member, suffix: str) -> str | None:
+    if re.fullmatch(rf"data_batch_\d+{re.escape(suffix)}", member.base_name):
+        return "train"
+    return "test" if member.base_name == f"test_batch{suffix}" else None
+
+
+def _ten_names(source: Source, names: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if len(names) != 10:
+        source.refuse(
+            f"has no {where} with ten label names (it has {len(names)}): this is not the whole official archive"
+        )
+    return names
+
+
+def _check_labels(source: Source, labels: np.ndarray, classes: int, first: int = 0, stride: int = 0) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        record = first + int(wrong[0])
+        where = f"record {record:,}" + (f" (byte {record * stride:,} of the member)" if stride else "")
+        source.refuse(f"{where} has label {labels[wrong[0]]}, labels are 0 … {classes - 1}")
+
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_PICKLE_ALLOWS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Rebuilds containers and arrays; whatever else a pickle asks for is refused, so it cannot run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PICKLE_ALLOWS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _PICKLE_ALLOWS[module, name]
+
+
+def _unpickled(source: Source, member: Member) -> dict[bytes, Any]:
+    data = read_exactly(source, member.stream, member.size, "its end")
+    try:
+        value = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        source.refuse(f"is not a pickle of arrays: {error}")
+    if not isinstance(value, dict):
+        source.refuse(f"holds a {type(value).__name__}, a dict is expected")
+    return value
+
+
+# --- IDX: MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017) -------------------------------------------------
+
+
+def idx(source: Source) -> Images:
+    """Pairs of `{train,t10k}-images-idx3-ubyte` and `…-labels-idx1-ubyte`, gzipped or not, in one folder.
+
+    `source` is the folder, or one of its images files (on the web folders cannot be listed). The files hold numbers, so
+    label names are the digits of the labels.
+    """
+    pairs = idx_pairs(source)
+    if not pairs:
+        source.refuse("has no file {train,t10k}-images-idx3-ubyte[.gz]")
+    classes = 0
+    for split, (images_path, labels_path) in pairs.items():
+        if labels_path is None:
+            source.refuse(f"{images_path} stands there without its labels-idx1-ubyte[.gz]")
+        with source.open(images_path) as images, source.open(labels_path) as labels:
+            n, height, width = _idx_header(source, images, images_path, 3)
+            (n_labels,) = _idx_header(source, labels, labels_path, 1)
+            if n != n_labels:
+                source.refuse(f"{_base(images_path)} has {n:,} images, {_base(labels_path)} has {n_labels:,} labels")
+            for first in range(0, n, RECORDS_AT_ONCE):
+                rows, size = min(RECORDS_AT_ONCE, n - first), height * width
+                source.at = f"{_base(images_path)} (byte {16 + first * size:,})"
+                pixels = np.frombuffer(read_exactly(source, images, rows * size, f"its {n:,} images"), np.uint8)
+                source.at = f"{_base(labels_path)} (byte {8 + first:,})"
+                values = np.frombuffer(read_exactly(source, labels, rows, f"its {n:,} labels"), np.uint8)
+                classes = max(classes, int(values.max()) + 1)
+                for i, (image, label) in enumerate(
+                    zip(pixels.reshape(rows, 1, height, width), values, strict=True), first
+                ):
+                    yield RawImage(split, image, int(label), f"{_base(images_path)}[{i}]")
+            for path, stream in ((images_path, images), (labels_path, labels)):
+                source.at = _base(path)
+                if stream.read(1):
+                    source.refuse("goes on after the last of the items that its header counts")
+    return tuple(str(label) for label in range(classes))
+
+
+def idx_pairs(source: Source) -> dict[str, tuple[str, str | None]]:
+    """split -> (images file, labels file)."""
+    folder = source.path.rpartition("/")[0] if "-idx3-ubyte" in _base(source.path) else source.path.rstrip("/")
+    pairs: dict[str, tuple[str, str | None]] = {}
+    for stem, split in (("train", "train"), ("t10k", "test")):
+        found = []
+        for kind in ("images-idx3", "labels-idx1"):
+            paths = [f"{folder}/{stem}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
+            found.append(next((p for p in paths if source.fs.get_file_info(p).type == pafs.FileType.File), None))
+        if found[0]:
+            pairs[split] = (found[0], found[1])
+    return pairs
+
+
+def _idx_header(source: Source, stream: IO[bytes], path: str, dimensions: int) -> tuple[int, ...]:
+    source.at = f"{_base(path)} (byte 0)"
+    head = read_exactly(source, stream, 4 * (1 + dimensions), "an IDX header")
+    magic, *sizes = struct.unpack(f">{1 + dimensions}I", head)
+    if magic != 0x800 + dimensions:  # 0x08: unsigned bytes
+        source.refuse(f"begins with the number {magic:#010x}, an IDX file of this kind with {0x800 + dimensions:#010x}")
+    if not all(sizes):
+        source.refuse(f"its header counts nothing: {' x '.join(map(str, sizes))}")
+    return tuple(sizes)
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]

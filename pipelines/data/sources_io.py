@@ -1,0 +1,190 @@
+"""What the source formats share: the records that they yield, and streams that fail with a file, a member and a byte.
+
+Nothing here holds more than one member of an archive, and nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import IO, NoReturn, Self, cast
+
+import numpy as np
+from pyarrow import fs as pafs
+
+from pipelines.errors import FigmentError
+
+UNLABELLED = -1
+CHUNK = 1 << 20  # bytes
+FETCH = 8 << 20  # bytes: an object store answers each read with one request, so few large ones
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """Pixels as they stand in the archive."""
+
+    split: str
+    pixels: np.ndarray  # uint8 (C, H, W)
+    label: int
+    member: str  # where it came from, for messages
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image file (JPEG, PNG, …) out of an archive."""
+
+    split: str
+    data: bytes
+    label: int
+    member: str
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image file that stands by itself: the worker that decodes it reads it too."""
+
+    split: str
+    path: str  # in the source's filesystem
+    label: int
+    member: str
+
+
+SourceImage = RawImage | EncodedImage | ImageFile
+Images = Generator[SourceImage, None, tuple[str, ...]]
+"""What a format is: its images, lazily, and at the end the names of its labels."""
+
+
+@dataclass
+class Source:
+    """An archive or a folder to read, and how far the reading has come."""
+
+    fs: pafs.FileSystem
+    path: str
+    name: str  # for messages and the manifest: the url, without credentials
+    labels: tuple[str, ...] | None = None  # lines of a ground-truth file, for formats that keep labels apart
+    labels_name: str = ""
+    bytes_read: int = field(default=0, init=False)
+    at: str = field(default="", init=False)  # the member that is being read
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raises the error that names the file, the member and `what`."""
+        raise FigmentError(f"{self.name}{f', {self.at}' if self.at else ''}: {what}")
+
+    def size(self) -> int | None:
+        """Bytes of the archive; None when it is a folder or its length is unknown."""
+        return self.fs.get_file_info(self.path).size
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what the readers of streams and archives raise into one sentence."""
+        try:
+            yield
+        except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.refuse(f"cannot be read on after byte {self.bytes_read:,} of the file: {reason}")
+
+    def open(self, path: str | None = None) -> IO[bytes]:
+        """A sequential stream of the plain bytes of `path`: gzip, xz and bzip2 are recognised and decompressed."""
+        raw = io.BufferedReader(_Counted(self, self.fs.open_input_stream(path or self.path, compression=None)), FETCH)
+        magic = raw.peek(6)[:6]
+        if magic[:2] == b"\x1f\x8b":
+            return cast("IO[bytes]", gzip.GzipFile(fileobj=raw, mode="rb"))
+        if magic == b"\xfd7zXZ\x00":
+            return cast("IO[bytes]", lzma.LZMAFile(raw))
+        if magic[:3] == b"BZh":
+            return cast("IO[bytes]", bz2.BZ2File(raw))
+        return cast("IO[bytes]", raw)
+
+    def files(self, folder: str) -> list[pafs.FileInfo]:
+        """What lies directly in `folder`, by name; hidden entries are left out."""
+        found = self.fs.get_file_info(pafs.FileSelector(folder))
+        visible = (info for info in found if not info.base_name.startswith((".", "__MACOSX")))
+        return sorted(visible, key=lambda info: info.base_name)
+
+
+class _Counted(io.RawIOBase):
+    """Reads a pyarrow stream and tells the source how many bytes of it have gone by."""
+
+    def __init__(self, source: Source, stream: IO[bytes]) -> None:
+        super().__init__()
+        self._source = source
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._source.bytes_read += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar."""
+
+    name: str
+    offset: int  # byte of the (decompressed) outermost tar at which its contents begin
+    size: int
+    stream: IO[bytes]
+
+    @property
+    def base_name(self) -> str:
+        return PurePosixPath(self.name).name
+
+
+def tar_members(source: Source, stream: IO[bytes], inside: Member | None = None) -> Iterator[Member]:
+    """The files of a tar, one after the other; each must be read before the next is asked for.
+
+    `inside`: the member of another tar that `stream` is. Stricter than `tarfile`, which takes a damaged header or a
+    missing end for the end of the archive: here the archive must have its end mark and only zeros after it.
+    """
+    base = inside.offset if inside else 0
+    outer = f"{inside.name}/" if inside else ""
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as tar:
+        while (info := tar.next()) is not None:
+            vars(tar)["members"] = []  # tarfile would remember every member: 1 GB for ImageNet
+            if not info.isfile():
+                continue
+            member = Member(outer + info.name, base + info.offset_data, info.size, tar.extractfile(info))  # type: ignore[arg-type]
+            source.at = f"{member.name} (byte {member.offset:,})"
+            yield member
+        source.at = inside.name if inside else ""
+        rest = cast("IO[bytes]", tar.fileobj)
+        while chunk := rest.read(CHUNK):  # to its end: only there a compressed stream checks its sum
+            if chunk.count(0) != len(chunk):
+                raise tarfile.ReadError(f"there is data after the end mark of the tar (byte {base + tar.offset:,})")
+    while stream.read(CHUNK):
+        pass
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the zero block that ends a whole archive
+                raise
+            raise tarfile.ReadError(f"no tar header at byte {tar.offset:,} ({error}): cut off or damaged") from error
+
+
+def read_exactly(source: Source, stream: IO[bytes], size: int, what: str) -> bytes:
+    """`size` bytes, or the error that says where `what` ended."""
+    data = stream.read(size)
+    if len(data) < size:
+        source.refuse(f"ends {size - len(data):,} bytes short of {what}: the file is cut off, fetch it again")
+    return data

@@ -1,0 +1,253 @@
+"""`python -m jobs.ingest` as a user runs it: from local, S3 and web sources, killed, without space, without rights."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import fs as pafs
+
+from infra.storage import open_storage
+from pipelines.data.manifest import load_manifest
+from pipelines.errors import FigmentError
+from pipelines.objects import write_object
+from tests.pipelines.data import archives
+from tests.pipelines.data.archives import picture, random_images
+
+TRAIN, TEST = random_images(60, seed=1), random_images(20, seed=2)
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "jobs.ingest", *map(str, arguments)]
+
+
+def run(
+    *arguments: str | Path, preexec_fn: Callable[[], None] | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=preexec_fn,
+    )
+
+
+def succeed(*arguments: str | Path, **env: str) -> str:
+    done = run(*arguments, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fail(*arguments: str | Path, preexec_fn: Callable[[], None] | None = None, **env: str) -> str:
+    """The one sentence on stderr."""
+    done = run(*arguments, preexec_fn=preexec_fn, **env)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+def invisible(fs: pafs.FileSystem, name: str) -> bool:
+    with pytest.raises(FigmentError, match="no complete data set"):
+        load_manifest(fs, name)
+    return True
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    return archives.cifar10_binary(tmp_path / "cifar-10-binary.tar.gz", [TRAIN], TEST)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """The url of a real web server over `tmp_path`."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_local_archive_says_what_came_of_it(tmp_path: Path, cifar: Path) -> None:
+    out = succeed(cifar, tmp_path / "store", "--dataset-name", "c", "--rows-per-shard", "25")
+    manifest = load_manifest(open_storage(str(tmp_path / "store")), "c")
+    assert re.search(r"train +60 rows +3 shards", out) and re.search(r"test +20 rows +1 shards", out)
+    assert f"complete: c@{manifest.version}" in out
+    assert f"manifest   {tmp_path}/store/{manifest.folder}/manifest.json" in out
+    again = succeed(cifar, "--dataset-name", "c", "--rows-per-shard", "25", FIGMENT_STORE=f"file://{tmp_path}/store")
+    assert f"already there: c@{manifest.version}" in again
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, cifar: Path) -> None:
+    out = succeed(cifar, tmp_path / "store", "--dataset-name", "c", "--dry-run")
+    assert "cifar10-binary" in out and "3 x 32 x 32, stored as raw" in out and "nothing was written" in out
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_web_is_a_source(tmp_path: Path, cifar: Path, web: str) -> None:
+    archives.idx(tmp_path / "mnist", random_images(30, (1, 28, 28)), random_images(9, (1, 28, 28)))
+    name = cifar.name
+    assert "60 rows" in succeed(f"{web}/{name}", tmp_path / "store", "--dataset-name", "c")
+    assert "30 rows" in succeed(f"{web}/mnist", tmp_path / "store", "--dataset-name", "m")
+    assert "30 rows" in succeed(
+        f"{web}/mnist/train-images-idx3-ubyte.gz", tmp_path / "store", "--dataset-name", "one-file"
+    )
+    secret = "Zq8-not-for-logs"
+    where = web.replace("http://", f"http://someone:{secret}@")
+    message = fail(f"{where}/nothing.tar.gz?X-Amz-Signature={secret}", tmp_path / "store", "--dataset-name", "x")
+    assert "nothing.tar.gz" in message and secret not in message
+
+
+def test_s3_is_source_and_storage(s3_store: tuple[str, pafs.FileSystem], cifar: Path, tmp_path: Path) -> None:
+    url, fs = s3_store
+    write_object(fs, "archives/cifar.tar.gz", cifar.read_bytes())
+    out = succeed(f"{url}/archives/cifar.tar.gz", url, "--dataset-name", "c", "--rows-per-shard", "25")
+    local = succeed(cifar, tmp_path / "store", "--dataset-name", "c", "--rows-per-shard", "25")
+    version = re.search(r"complete: (c@\w+)", local)
+    assert version and f"complete: {version[1]}" in out
+    assert load_manifest(fs, "c").rows("train") == 60
+    # Nothing but the archive, the shards and the manifest is left behind.
+    found = fs.get_file_info(pafs.FileSelector("datasets", recursive=True))
+    assert sum(info.type == pafs.FileType.File for info in found) == 3 + 1 + 1
+
+
+def test_wrong_credentials_leave_nothing(s3_store: tuple[str, pafs.FileSystem], cifar: Path) -> None:
+    url, fs = s3_store
+    secret = "wrong-secret-that-nobody-may-see"
+    message = fail(cifar, url, "--dataset-name", "c", AWS_SECRET_ACCESS_KEY=secret)
+    assert "credentials" in message and secret not in message
+    assert invisible(fs, "c")
+
+
+def test_an_unreachable_storage_is_said(cifar: Path) -> None:
+    message = fail(cifar, "s3://bucket/x", "--dataset-name", "c", AWS_ENDPOINT_URL_S3="http://127.0.0.1:9")
+    assert "127.0.0.1:9" in message
+
+
+def test_a_write_that_fails_leaves_no_manifest(tmp_path: Path, cifar: Path) -> None:
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    store = tmp_path / "store"
+    message = fail(cifar, store, "--dataset-name", "c", "--rows-per-shard", "100", preexec_fn=small_files_only)
+    assert str(store) in message
+    assert invisible(open_storage(str(store)), "c")
+    assert not [path for path in store.rglob("*") if path.is_file()]  # not even the half of a shard
+    assert "complete" in succeed(cifar, store, "--dataset-name", "c", "--rows-per-shard", "100")
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, cifar: Path) -> None:
+    store = tmp_path / "store"
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(cifar.read_bytes()[:-9000])
+    assert "cut.tar.gz" in fail(cut, store, "--dataset-name", "c")
+    assert "no such file" in fail(tmp_path / "nothing", store, "--dataset-name", "c")
+    assert "did you mean 'cifar10-binary'" in fail(cifar, store, "--dataset-name", "c", "--format", "cifar10-binry")
+    assert "FIGMENT_STORE" in fail(cifar, "--dataset-name", "c")
+    assert invisible(open_storage(str(store)), "c")
+    typo = run(cifar, store, "--dataset-name", "c", "--rows-per-shart", "5")
+    assert typo.returncode == 2 and "--rows-per-shard" in typo.stderr
+    assert "--on-bad-image" in succeed("--help")
+
+
+def heavy(seed: int, side: int) -> bytes:
+    """A PNG that takes some milliseconds to decode; ImageNet too has PNGs that are called JPEG."""
+    return picture(seed, side, side, form="PNG")
+
+
+def test_killed_and_repeated_gives_the_same_version(ray_cluster: str, tmp_path: Path) -> None:
+    pool = [heavy(i, 400) for i in range(50)]
+    files = {f"n{i:08d}": [pool[(i * 7 + k) % 50] for k in range(100)] for i in range(12)}
+    source = archives.imagenet_train(tmp_path / "ILSVRC2012_img_train.tar", files)
+    options = ["--dataset-name", "k", "--size", "32", "--rows-per-shard", "20", "--mix-shards", "4"]
+    store = tmp_path / "store"
+
+    process = subprocess.Popen(
+        command(source, store, *options),
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while len(list(store.glob("datasets/k/.ingest-*/*.json"))) < 5:
+            assert process.poll() is None, (
+                f"it ended before it could be killed: {process.stderr and process.stderr.read()!r}"
+            )
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if process.stderr:
+            process.stderr.close()
+    assert invisible(open_storage(str(store)), "k")
+
+    out = succeed(source, store, *options, RAY_ADDRESS=ray_cluster)
+    kept = re.search(r"1,200 images .* (\d+) of them were kept", out)
+    assert kept and int(kept[1]) >= 5 * 20
+    succeed(source, tmp_path / "other", *options, RAY_ADDRESS=ray_cluster)
+    one, two = (load_manifest(open_storage(str(folder)), "k") for folder in (store, tmp_path / "other"))
+    assert one.version == two.version and one.splits == two.splits and one.channel_mean == two.channel_mean
+    assert not list(store.glob("datasets/k/.ingest-*"))
+
+
+OWN_MEMORY = """
+import re, threading, time
+from jobs.ingest import main
+
+peak = 0
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+        time.sleep(0.01)
+
+threading.Thread(target=watch, daemon=True).start()
+main()
+print("peak", peak / 1024)
+"""
+"""Prints the peak of the process's own memory in MiB, without the pages of Ray's object store, which has a fixed size.
+Not asked is getrusage: on Linux a child inherits its ru_maxrss from its parent."""
+
+
+def test_memory_does_not_grow_with_the_archive(ray_cluster: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.bytes(300_000) for _ in range(4)]
+
+    def peak(name: str, images: int) -> float:
+        files = {f"n{i:08d}": [picture(i) + noise[k % 4] for k in range(50)] for i in range(images // 50)}
+        source = archives.imagenet_train(tmp_path / f"{name}.tar", files)
+        options = ["--dataset-name", name, "--size", "32", "--rows-per-shard", "25", "--mix-shards", "4"]
+        done = subprocess.run(
+            [sys.executable, "-c", OWN_MEMORY, str(source), str(tmp_path / "store"), *options],
+            cwd=ROOT,
+            env=os.environ | {"RAY_ADDRESS": ray_cluster},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        source.unlink()
+        return float(done.stdout.rpartition("peak ")[2])
+
+    once, four_times = peak("once", 250), peak("four", 1000)  # 75 MB and 300 MB
+    assert four_times <= 1.3 * once, f"{once:.0f} MiB, {four_times:.0f} MiB"

@@ -1,0 +1,143 @@
+"""What a stored image is: which part of the picture, in which colours, in which bytes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.data.images import Bad, Row, prepare
+from pipelines.data.sources_io import EncodedImage, RawImage
+from tests.pipelines.data.archives import picture
+
+
+def stored(data: bytes, size: int = 32, encoding: str = "raw") -> Row | Bad:
+    (item,) = prepare([EncodedImage("train", data, 3, "a/b.jpeg (byte 512)")], size, encoding)
+    return item
+
+
+def pixels(data: bytes, size: int = 32) -> np.ndarray:
+    row = stored(data, size)
+    assert isinstance(row, Row), row
+    return np.frombuffer(row.image, np.uint8).reshape(3, size, size).astype(int)
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, form, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (120, 64), (64, 120), (33, 90), (20, 10)])
+def test_the_centre_square_is_kept(width: int, height: int) -> None:
+    side = min(width, height)
+    canvas = np.full((height, width, 3), 255, np.uint8)  # white, the centre square grey
+    top, left = (height - side) // 2, (width - side) // 2
+    canvas[top : top + side, left : left + side] = 100
+    got = pixels(saved(Image.fromarray(canvas), "PNG"))
+    margin = 2 if side >= 32 else 7  # the filter reaches two source pixels over the edge
+    inner = got[:, margin:-margin, margin:-margin]
+    assert inner.min() >= 98 and inner.max() <= 102
+    # Halves of different colours meet in the middle: nothing is shifted.
+    canvas[:, width // 2 :] = 0
+    middle = pixels(saved(Image.fromarray(canvas), "PNG"))
+    assert (middle[:, 8:24, 8:12] > 80).all() and (middle[:, 8:24, 20:24] < 20).all()
+
+
+def test_shrinking_averages_and_does_not_alias() -> None:
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    got = pixels(saved(Image.fromarray(stripes), "PNG"))[:, 4:-4, 4:-4]
+    assert np.abs(got - 127.5).max() < 8
+
+
+def test_a_large_jpeg_is_the_same_picture_through_its_dct() -> None:
+    data = picture(5, 600, 500)
+    fast = pixels(data)
+    exact = pixels(saved(Image.open(io.BytesIO(data)), "PNG"))  # no such short cut for PNG
+    assert np.abs(fast - exact).mean() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "PNG"),
+        ("RGBA", "PNG"),
+        ("P", "PNG"),
+        ("LA", "PNG"),
+        ("1", "PNG"),
+        ("P", "GIF"),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(mode: str, form: str) -> None:
+    data = picture(1, mode=mode, form=form)
+    wanted = Image.open(io.BytesIO(data)).convert("RGB")
+    side = min(wanted.size)
+    box = ((wanted.width - side) // 2, (wanted.height - side) // 2)
+    wanted = wanted.crop((*box, box[0] + side, box[1] + side)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.abs(pixels(data) - np.asarray(wanted).transpose(2, 0, 1)).mean() < 2
+
+
+def test_the_camera_orientation_is_applied() -> None:
+    canvas = np.zeros((64, 64, 3), np.uint8)
+    canvas[:32] = 255  # white above, black below
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    got = pixels(saved(Image.fromarray(canvas), "JPEG", exif=exif))
+    assert got[:, :12].max() < 30 and got[:, 20:].min() > 225
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "jpeg"])
+def test_encoded_images_decode_to_the_raw_ones(encoding: str) -> None:
+    raw, row = pixels(picture(2), 48), stored(picture(2), 48, encoding)
+    assert isinstance(row, Row)
+    decoded = np.asarray(Image.open(io.BytesIO(row.image))).transpose(2, 0, 1)
+    assert Image.open(io.BytesIO(row.image)).format == encoding.upper()
+    assert np.abs(decoded - raw).mean() <= (3 if encoding == "jpeg" else 0)
+    assert row.sums == tuple(raw.sum(axis=(1, 2)))
+
+
+def test_raw_pixels_stay_as_they_are_or_are_resized() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((1, 28, 28), (3, 32, 32)):
+        images = [RawImage("train", rng.integers(0, 256, shape, np.uint8), i, str(i)) for i in range(5)]
+        rows = prepare(images, None, "raw")
+        assert [row.image for row in rows if isinstance(row, Row)] == [image.pixels.tobytes() for image in images]
+        assert [row.sums for row in rows if isinstance(row, Row)] == [tuple(i.pixels.sum(axis=(1, 2))) for i in images]
+        flat = RawImage("train", np.full(shape, 77, np.uint8), 0, "flat")
+        (resized,) = prepare([flat], 64, "raw")
+        assert isinstance(resized, Row) and resized.image == bytes([77]) * (shape[0] * 64 * 64)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: b"",
+        lambda d: d[: len(d) // 2],
+        lambda d: d[:20],
+        lambda d: b"not an image at all",
+        lambda d: saved(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG"),
+    ],
+)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_what_cannot_be_decoded_is_bad_with_a_reason(damage: object, form: str) -> None:
+    bad = stored(damage(picture(1, form=form)))  # type: ignore[operator]
+    assert isinstance(bad, Bad)
+    assert bad.member == "a/b.jpeg (byte 512)" and bad.reason and "\n" not in bad.reason
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+def test_random_damage_never_raises() -> None:
+    rng = np.random.default_rng(0)
+    for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
+        whole = picture(1, form=form)
+        for _ in range(60):
+            data = bytearray(whole)
+            for at in rng.integers(0, len(data), 4):
+                data[at] = rng.integers(256)
+            item = stored(bytes(data))
+            assert isinstance(item, Row | Bad)
