@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
 import mlflow
 import numpy as np
 import pytest
-import ray
 from mlflow import MlflowClient
 from PIL import Image
 from pyarrow import fs as pafs
+from ray._private.worker import get_dashboard_url
+from ray.job_submission import JobSubmissionClient
 
 from pipelines.data.manifest import load_manifest
 from pipelines.objects import exists
@@ -26,13 +28,29 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXCLUDES = [".git", ".venv", ".figment", "data", "docs", ".hypothesis", ".mypy_cache", ".ruff_cache"]
 
 
-def _submit(*command: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def job_server(ray_cluster: str) -> str:
+    """The address of the cluster's job server, once it takes jobs (its agent starts some seconds after the cluster)."""
+    address = f"http://{get_dashboard_url()}"
+    client = JobSubmissionClient(address)
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            client.submit_job(entrypoint="true")
+            return address
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _submit(job_server: str, *command: str) -> subprocess.CompletedProcess[str]:
     """The documented command line, as a user types it."""
-    environment = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://{ray.worker.global_worker.node.webui_url}"}
+    environment = {**os.environ, "RAY_API_SERVER_ADDRESS": job_server}
     submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
     excludes = ["--runtime-env-json", json.dumps({"excludes": EXCLUDES})]
     return subprocess.run(
-        [*submit, *excludes, "--", "python", "-m", *command],
+        [*submit, *excludes, "--", sys.executable, "-m", *command],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -41,15 +59,14 @@ def _submit(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_ingest_and_training_through_job_submission_end_in_pictures_and_a_tracked_run(
-    s3_store: tuple[str, pafs.FileSystem], mlflow_server: str, tmp_path: Path
+    job_server: str, s3_store: tuple[str, pafs.FileSystem], mlflow_server: str, tmp_path: Path
 ) -> None:
     url, fs = s3_store
     archive = cifar10_binary(
         tmp_path / "cifar-10-binary.tar.gz", [random_images(40, seed=i) for i in range(5)], random_images(50, seed=9)
     )
-    ingest = _submit("jobs.ingest", str(archive), url, "--dataset-name", "small")
+    ingest = _submit(job_server, "jobs.ingest", str(archive), url, "--dataset-name", "small")
     assert ingest.returncode == 0, ingest.stdout + ingest.stderr
     manifest = load_manifest(fs, "small")
     assert (manifest.rows("train"), manifest.rows("test")) == (200, 50)
@@ -69,7 +86,7 @@ def test_ingest_and_training_through_job_submission_end_in_pictures_and_a_tracke
         "--tracking": mlflow_server,
         "--output": str(tmp_path / "out"),
     }
-    train = _submit("jobs.train", "dcgan-demo", *(part for item in options.items() for part in item))
+    train = _submit(job_server, "jobs.train", "dcgan-demo", *(part for item in options.items() for part in item))
     assert train.returncode == 0, train.stdout + train.stderr
     for words in ("2 worker(s)", "img/s", "stall", "ETA", "sample grid", "animation", "MLflow", "expected swd", "got "):
         assert words in train.stdout, words

@@ -1,0 +1,106 @@
+"""Real servers for the tests: one Ray cluster, one S3 server, one MLflow server a session, each started on demand."""
+# ruff: noqa: E402 - the environment comes before the imports that read it
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+# Ray reads these when it is imported, and its workers inherit them.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",  # else a local cluster writes a token into the home folder
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # Ray's name for: stay on 127.0.0.1
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="true",
+)
+# Nothing of the person who runs the tests: no cluster, no store, no tracking server, no cloud account.
+for _name in [*os.environ]:
+    if _name.startswith(("AWS_", "MLFLOW_TRACKING_", "FIGMENT_", "RAY_ADDRESS", "RAY_API_")):
+        del os.environ[_name]
+
+import pytest
+from pyarrow import fs as pafs
+
+from infra import servers
+from infra.processes import free_ports, start, stop, wait_until_serving
+from infra.servers import BUCKET, MLFLOW_PORTS, REGION, S3_ADMIN_PARTNER, S3_PORTS
+from infra.storage import open_storage
+
+# Chosen now and not when the S3 server starts, so that a Ray cluster which starts earlier hands them to its workers.
+S3 = free_ports(S3_PORTS, partner=S3_ADMIN_PARTNER)
+os.environ["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{S3['s3']}"
+os.environ["AWS_REGION"] = REGION
+os.environ["AWS_ACCESS_KEY_ID"] = f"test{secrets.token_hex(8)}"
+os.environ["AWS_SECRET_ACCESS_KEY"] = secrets.token_hex(20)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of the one Ray cluster of the session; this process is connected to it. 4 CPUs are declared."""
+    import ray
+
+    temp = tempfile.mkdtemp(prefix="figment-", dir="/tmp")  # short: Unix sockets lie in it
+    context = ray.init(
+        address="local",
+        _temp_dir=temp,
+        num_cpus=4,
+        object_store_memory=300 * 2**20,
+        include_dashboard=True,  # without it Ray Train leaks placement groups
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    # As `ray start` does: what a submitted job reads to find its cluster among several on one machine.
+    Path(temp, "ray_current_cluster").write_text(context.address_info["address"])
+    yield context.address_info["address"]
+    ray.shutdown()
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server (SeaweedFS); AWS_* of the session point to it."""
+    folder = tmp_path_factory.mktemp("s3")
+    server = servers.s3_server(
+        folder / "data", S3, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    )
+    running = start(server, folder / "log")
+    try:
+        wait_until_serving(server, running, folder / "log")
+        yield server.url
+    finally:
+        stop(running, server.leftovers)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a real MLflow server on SQLite, artifacts proxied to a folder, without login."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    (port,) = free_ports(MLFLOW_PORTS).values()
+    server = servers.mlflow_server(folder, port, f"file://{folder}/artifacts", storage={})
+    running = start(server, folder / "log")
+    try:
+        wait_until_serving(server, running, folder / "log")
+        yield server.url
+    finally:
+        stop(running)
+
+
+@pytest.fixture
+def s3_store(s3_endpoint: str) -> tuple[str, pafs.FileSystem]:
+    """(url, filesystem) of a fresh prefix in the real S3 server."""
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    return url, open_storage(url)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> pafs.FileSystem:
+    """A fresh local folder as a storage."""
+    return open_storage(str(tmp_path / "store"))

@@ -1,0 +1,131 @@
+"""Servers are started, watched and stopped by their session; nothing else is ever signalled."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.processes import (
+    Running,
+    Server,
+    StackError,
+    alive,
+    free_ports,
+    port_is_free,
+    session,
+    start,
+    stop,
+    tail,
+    wait_until_serving,
+)
+
+
+def _server(folder: Path, code: str, **more) -> Server:
+    def check() -> None:
+        if not (folder / "ready").exists():
+            raise FileNotFoundError("ready")
+
+    return Server("test server", "http://127.0.0.1", [sys.executable, "-c", code], {}, folder, check, **more)
+
+
+def test_starts_waits_and_stops_with_all_that_it_forked(tmp_path):
+    # The child ignores the polite signal, and its parent dies first: it has to be found by the session, and killed.
+    code = (
+        "import pathlib, signal, subprocess, sys, time\n"
+        "child = 'import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(600)'\n"
+        "p = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"
+        "p.stdout.readline(); pathlib.Path('ready').touch(); time.sleep(600)\n"
+    )
+    server = _server(tmp_path, code)
+    running = start(server, tmp_path / "x.log")
+    wait_until_serving(server, running, tmp_path / "x.log")
+    assert alive(running)
+    members = session(running)
+    assert len(members) == 2
+    psutil.Process(running.pid).kill()
+    psutil.Process(running.pid).wait()
+    assert not alive(running)
+    assert len(session(running)) == 1
+    left = tmp_path / "left.sock"
+    left.touch()
+    stop(running, [left], grace_s=0.5)
+    assert session(running) == []
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in members)
+    assert not left.exists()
+
+
+def test_server_that_dies_at_start_is_reported_with_its_log(tmp_path):
+    server = _server(tmp_path, "raise SystemExit('the port is taken')")
+    running = start(server, tmp_path / "x.log")
+    with pytest.raises(StackError, match=r"(?s)test server ended while it started.*the port is taken"):
+        wait_until_serving(server, running, tmp_path / "x.log")
+
+
+def test_server_that_never_serves_is_reported(tmp_path):
+    server = _server(tmp_path, "import time; print('warming up', flush=True); time.sleep(600)", patience_s=3.0)
+    running = start(server, tmp_path / "x.log")
+    try:
+        with pytest.raises(StackError, match=r"(?s)does not serve after 3 s \(ready\).*warming up"):
+            wait_until_serving(server, running, tmp_path / "x.log")
+    finally:
+        stop(running)
+
+
+def test_a_process_that_got_the_id_later_is_left_alone(tmp_path):
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        true = Running(stranger.pid, psutil.Process(stranger.pid).create_time() - psutil.boot_time())
+        assert alive(true)
+        stale = replace(true, born=true.born - 100)
+        assert not alive(stale)
+        assert session(stale) == []
+        stop(stale)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_variables_can_be_kept_from_a_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    code = "import os; print(os.environ.get('RAY_ADDRESS'), os.environ['MINE'])"
+    server = replace(_server(tmp_path, code, without=("RAY_ADDRESS",)), environment={"MINE": "yes"})
+    running = start(server, tmp_path / "x.log")
+    psutil.Process(running.pid).wait()
+    assert (tmp_path / "x.log").read_text() == "None yes\n"
+
+
+def test_the_log_before_is_kept(tmp_path):
+    for word in ("first", "second"):
+        psutil.Process(start(_server(tmp_path, f"print('{word}')"), tmp_path / "x.log").pid).wait()
+    assert (tmp_path / "x.log").read_text() == "second\n"
+    assert (tmp_path / "x.previous.log").read_text() == "first\n"
+
+
+def test_ports_are_free_distinct_and_have_a_free_partner():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        assert not port_is_free(held.getsockname()[1])
+        ports = free_ports([f"p{i}" for i in range(50)], partner=10000)
+    used = {p for port in ports.values() for p in (port, port + 10000)}
+    assert len(used) == 100
+    assert all(port_is_free(port) for port in used)
+
+
+def test_tail(tmp_path):
+    log = tmp_path / "x.log"
+    assert "no log" in tail(log)
+    log.write_text("\n".join(["old", *("[state-dump] counter" for _ in range(9)), "x" * 500, "last", ""]))
+    assert tail(log, lines=3) == f"    old\n    {'x' * 240}\n    last"
+
+
+def test_a_server_never_shows_its_secrets(tmp_path):
+    server = replace(_server(tmp_path, ""), environment={"AWS_SECRET_ACCESS_KEY": "s3cret"})
+    assert "s3cret" not in repr(server)

@@ -1,0 +1,268 @@
+"""What the loop relies on, for every registered model: each test runs on each of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from models import MODELS, dcgan, vae
+from models.contract import Batch, Diagnoses, Evaluates, Exports, ImageShape, Learner, Reconstructs, Traverses
+
+CASES = {
+    "dcgan": (dcgan.Config(generator_width=4, discriminator_width=4), ImageShape(3, 16, 16)),
+    "vae": (vae.Config(hidden=16, latent=4), ImageShape(1, 8, 8)),
+    "vae-gaussian": (vae.Config(hidden=16, latent=4, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Any, ImageShape]:
+    return CASES[request.param]
+
+
+def make(case: tuple[Any, ImageShape], seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
+    return models.build(*case)
+
+
+def images(shape: ImageShape, n: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, shape.channels, shape.height, shape.width), generator=generator, dtype=torch.uint8)
+
+
+def batch(shape: ImageShape, n: int = 8, seed: int = 0) -> Batch:
+    return Batch(images(shape, n, seed), torch.zeros(n, dtype=torch.int64), 0)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(learner: Learner) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, network in learner.networks().items()
+        for key, value in network.state_dict().items()
+    }
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_registered_model_is_among_the_cases() -> None:
+    assert {models.name_of(config) for config, _ in CASES.values()} == set(MODELS)
+
+
+def test_a_foreign_config_has_no_name() -> None:
+    with pytest.raises(ValueError, match="registered"):
+        models.name_of("dcgan")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [(dcgan.Config(generator_width=0), "generator_width"), (vae.Config(evaluation_draws=-2), "evaluation_draws")],
+)
+def test_a_size_below_one_is_refused_by_name(config: Any, field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        models.build(config, ImageShape(1, 8, 8))
+
+
+def test_a_step_changes_every_parameter_of_every_network_and_gives_finite_detached_scalars(case: Any) -> None:
+    learner = make(case)
+    before = weights(learner)
+    metrics = learner.step(batch(case[1]), rng())
+    after = weights(learner)
+    assert [key for key in before if torch.equal(before[key], after[key])] == []
+    for value in metrics.values():
+        assert value.shape == ()
+        assert not value.requires_grad
+        assert value.isfinite()
+
+
+def test_optimisers_hold_each_parameter_of_the_networks_once(case: Any) -> None:
+    learner = make(case)
+    owned = [p for o in learner.optimizers().values() for group in o.param_groups for p in group["params"]]
+    expected = [p for network in learner.networks().values() for p in network.parameters()]
+    assert len(owned) == len({id(p) for p in owned})
+    assert {id(p) for p in owned} == {id(p) for p in expected}
+
+
+def test_each_optimiser_steps_once_a_batch_with_a_gradient_for_each_parameter(case: Any) -> None:
+    """The loop averages, checks and clips in hooks that run before each optimiser step, so gradients must be there."""
+    learner = make(case)
+    seen: list[str] = []
+
+    def hook(name: str) -> Any:
+        def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            assert all(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            seen.append(name)
+
+        return check
+
+    for name, optimizer in learner.optimizers().items():
+        optimizer.register_step_pre_hook(hook(name))
+    learner.step(batch(case[1]), rng())
+    assert sorted(seen) == sorted(learner.optimizers())
+
+
+def test_all_randomness_of_a_step_is_the_generators(case: Any) -> None:
+    results = []
+    for noise in range(2):
+        learner, generator = make(case), rng(5)
+        torch.manual_seed(100 + noise)
+        for seed in range(2):
+            learner.step(batch(case[1], seed=seed), generator)
+        results.append(weights(learner))
+    assert equal(*results)
+
+    other = make(case)
+    for seed in range(2):
+        other.step(batch(case[1], seed=seed), rng(6))
+    assert not equal(results[0], weights(other))
+
+
+def test_going_on_from_saved_networks_and_optimisers_is_going_on(case: Any) -> None:
+    straight = make(case)
+    straight.step(batch(case[1]), rng(1))
+    saved = copy.deepcopy(
+        (
+            {name: network.state_dict() for name, network in straight.networks().items()},
+            {name: optimizer.state_dict() for name, optimizer in straight.optimizers().items()},
+        )
+    )
+    straight.step(batch(case[1], seed=1), rng(2))
+
+    resumed = make(case, seed=9)
+    for name, network in resumed.networks().items():
+        network.load_state_dict(saved[0][name])
+    for name, optimizer in resumed.optimizers().items():
+        optimizer.load_state_dict(saved[1][name])
+    resumed.step(batch(case[1], seed=1), rng(2))
+    assert equal(weights(straight), weights(resumed))
+
+
+def test_no_buffer_of_a_network_depends_on_the_worker(case: Any) -> None:
+    """Batch statistics that differ from rank to rank must not be kept: there are no buffers at all."""
+    for network in make(case).networks().values():
+        assert dict(network.named_buffers()) == {}
+
+
+def test_samples_are_a_function_of_the_generator_and_image_i_is_the_same_whatever_n(case: Any) -> None:
+    learner = make(case)
+    shape = case[1]
+    many = learner.sample(130, rng(3))
+    assert many.dtype == torch.uint8
+    assert many.shape == (130, shape.channels, shape.height, shape.width)
+    for n in (1, 2, 17, 128, 130):
+        assert torch.equal(learner.sample(n, rng(3)), many[:n])
+    assert not torch.equal(learner.sample(130, rng(4)), many)
+
+
+def test_sampling_leaves_weights_and_modes_alone(case: Any) -> None:
+    learner = make(case)
+    before, modes = weights(learner), [n.training for n in learner.networks().values()]
+    learner.sample(3, rng())
+    assert isinstance(learner, Exports)
+    learner.export(rng())
+    assert equal(before, weights(learner))
+    assert modes == [n.training for n in learner.networks().values()]
+    assert all(p.requires_grad for n in learner.networks().values() for p in n.parameters())
+
+
+def test_sampling_uses_up_the_generator_alike_whatever_the_weights(case: Any) -> None:
+    """The same latents for each picture of an animation."""
+    states = []
+    for seed in range(2):
+        generator = rng(3)
+        make(case, seed).sample(5, generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_sampling_none_is_refused(case: Any, n: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        make(case).sample(n, rng())
+
+
+def test_the_published_module_takes_any_batch_through_torch_export(case: Any) -> None:
+    learner = make(case)
+    assert isinstance(learner, Exports)
+    module, latents = learner.export(rng())
+    assert not module.training
+    program = torch.export.export(module, (latents,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for n in (1, 5):
+        z = torch.rand(n, latents.shape[1], generator=rng(n)) * 2 - 1
+        drawn = module(z)
+        assert drawn.shape == (n, case[1].channels, case[1].height, case[1].width)
+        assert drawn.min() >= 0
+        assert drawn.max() <= 1
+        torch.testing.assert_close(program.module()(z), drawn)
+        torch.testing.assert_close(module(z[:1]), drawn[:1])  # no image depends on its neighbours
+
+
+def test_the_published_module_does_not_follow_the_training(case: Any) -> None:
+    learner = make(case)
+    assert isinstance(learner, Exports)
+    module, latents = learner.export(rng())
+    before = module(latents)
+    learner.step(batch(case[1]), rng())
+    assert torch.equal(module(latents), before)
+
+
+def test_networks_may_be_compiled_in_place(case: Any) -> None:
+    plain, compiled = make(case), make(case)
+    for network in compiled.networks().values():
+        network.compile(backend="eager")
+    for learner in (plain, compiled):
+        learner.step(batch(case[1]), rng())
+    assert weights(plain).keys() == weights(compiled).keys()
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[key], value)
+    assert isinstance(compiled, Exports)
+    assert isinstance(compiled.export(rng())[0], nn.Module)
+
+
+def test_bfloat16_autocast_trains(case: Any) -> None:
+    learner = make(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        metrics = learner.step(batch(case[1]), rng())
+    assert all(value.isfinite() and value.dtype == torch.float32 for value in metrics.values())
+    assert all(value.isfinite().all() for value in weights(learner).values())
+
+
+@pytest.mark.parametrize("case", [CASES["vae"], CASES["vae-gaussian"]])
+def test_evaluation_gives_one_value_an_image(case: Any) -> None:
+    learner = make(case)
+    assert isinstance(learner, Evaluates)
+    for value in learner.evaluate(batch(case[1], 5), rng()).values():
+        assert value.shape == (5,)
+        assert not value.requires_grad
+
+
+@pytest.mark.parametrize("case", [CASES["vae"], CASES["vae-gaussian"]])
+def test_reconstructions_and_walks_are_images(case: Any) -> None:
+    learner = make(case)
+    shape = case[1]
+    assert isinstance(learner, Reconstructs)
+    assert isinstance(learner, Traverses)
+    x = images(shape, 5)
+    again = learner.reconstruct(x, rng())
+    assert (again.shape, again.dtype) == (x.shape, torch.uint8)
+    walk = learner.traverse(6, 3, rng())
+    assert (walk.shape, walk.dtype) == ((6, 3, shape.channels, shape.height, shape.width), torch.uint8)
+
+
+def test_a_gan_has_neither_encoder_nor_number() -> None:
+    learner = make(CASES["dcgan"])
+    assert not isinstance(learner, Evaluates | Reconstructs | Traverses)
+
+
+def test_a_learner_knows_when_training_goes_wrong(case: Any) -> None:
+    assert isinstance(make(case), Diagnoses)
