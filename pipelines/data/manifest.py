@@ -4,8 +4,8 @@
     datasets/NAME/shards/<first 16 hex digits of content_sha256>.parquet …
 
 Shards are named after their content, so versions share what they have in common and a repeated ingest writes nothing
-twice. A shard has two columns: `image` (fixed-size binary, C*H*W bytes in (C, H, W) order when `encoding` is "raw", else
-binary: one encoded file) and `label` (int32, an index into `label_names`; -1 when unlabelled). VERSION is the first 12
+twice. A shard has two columns: `image` (fixed-size binary, C*H*W bytes in (C, H, W) order when `encoding` is "raw",
+else binary: one encoded file) and `label` (int32, an index into `label_names`; -1 when unlabelled). VERSION is the first 12
 hex digits of the content hash.
 """
 
