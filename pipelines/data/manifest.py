@@ -5,8 +5,8 @@
 
 Shards are named after their content, so versions share what they have in common and a repeated ingest writes nothing
 twice. A shard has two columns: `image` and `label` (int32, an index into `label_names`; -1 when unlabelled). With
-`encoding` "raw" an image is fixed-size binary, C*H*W bytes in (C, H, W) order, else binary: one encoded file. VERSION is
-the first 12 hex digits of the content hash.
+`encoding` "raw" an image is fixed-size binary, C*H*W bytes in (C, H, W) order, else binary: one encoded file. VERSION
+is the first 12 hex digits of the content hash.
 """
 
 from __future__ import annotations
