@@ -18,7 +18,7 @@ def dcgan_demo() -> RunSpec:
         model=dcgan.Config(generator_width=32, discriminator_width=32, learning_rate=5e-4),
         data=DataSpec(dataset="cifar10-sample"),
         training=TrainingSpec(
-            images=120_000, batch_size=64, ema_half_life=5_000, log_every=2_000, checkpoint_every=30_000
+            images=90_000, batch_size=64, ema_half_life=5_000, log_every=2_000, checkpoint_every=30_000
         ),
         cluster=ClusterSpec(workers=2),
         expected=Expected("swd", 0.2, "lower", "docs/results.md; grey images 0.74, noise 1.24"),
