@@ -15,6 +15,8 @@ import torch
 from pyarrow import fs as pafs
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+import models
+from models.contract import ImageShape
 from pipelines.config import RunSpec
 from pipelines.data.manifest import load_manifest
 from pipelines.errors import FigmentError
@@ -44,6 +46,10 @@ def launch(
     manifest = load_manifest(fs, spec.data.dataset)
     for split in (spec.data.split, spec.data.eval_split):
         manifest.shards(split)
+    try:
+        models.build(spec.model, ImageShape(*manifest.image_shape))
+    except ValueError as error:
+        raise FigmentError(f"the model cannot be built for the images of {spec.data.dataset!r}: {error}") from error
     run = Launch(name, spec, fs, manifest)
     finished = _claim(run)
     if finished is not None:

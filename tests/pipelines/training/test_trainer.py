@@ -145,3 +145,9 @@ def test_workers_that_the_cluster_can_never_place_are_refused_at_once(store: paf
     with_gpus = replace(spec, cluster=replace(spec.cluster, gpu="yes"))
     with pytest.raises(FigmentError, match=r"needs 20 GPUs, the cluster has 0"):
         launch(with_gpus, store, name="big", tracking=None, tags={}, say=lambda line: None)
+
+
+def test_a_model_that_does_not_fit_the_images_is_refused_at_once(store: pafs.FileSystem) -> None:
+    toy_dataset(store, shape=(1, 7, 7))
+    with pytest.raises(FigmentError, match=r"the model cannot be built for the images of 'toy': .*7"):
+        launch(toy_spec("dcgan"), store, name="odd", tracking=None, tags={}, say=lambda line: None)
