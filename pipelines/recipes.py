@@ -21,7 +21,7 @@ def dcgan_demo() -> RunSpec:
             images=90_000, batch_size=64, ema_half_life=5_000, log_every=2_000, checkpoint_every=30_000
         ),
         cluster=ClusterSpec(workers=2),
-        expected=Expected("swd", 0.2, "lower", "docs/results.md; grey images 0.74, noise 1.24"),
+        expected=Expected("swd", 0.2, "lower", "docs/results.md; grey images 0.74, noise 1.21"),
     )
 
 

@@ -127,7 +127,7 @@ class TrackedReporter(Reporter):
             self._say("  test  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def checkpoint(self, path: str) -> None:
-        self._run.settle()  # what is tracked up to here is sent, or in the run folder, before the bundle counts
+        self._run.settle(0.2)  # a moment for what is tracked up to here to be sent, or kept in the run folder
         self._say(f"  checkpoint {path}")
 
     def picture_due(self, before: int, images_seen: int) -> bool:
