@@ -282,7 +282,7 @@ def test_what_is_read_ahead_is_bounded(
         assert 2 <= count <= 20
         for _ in range(59):
             next(batches)
-    assert finished() - before >= 60
+    wait_until(lambda: finished() - before >= 60, "not every task is known as finished")  # Ray hears of them later
 
 
 def test_the_keys_of_the_storage_are_not_published(s3_store: Store) -> None:
