@@ -127,24 +127,21 @@ class TrackedReporter(Reporter):
             self._say("  test  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def checkpoint(self, path: str) -> None:
-        self._run.settle(0.2)  # a moment for what is tracked up to here to be sent, or kept in the run folder
+        self._run.settle(0)  # what is not sent yet is kept in the run folder: a kill from now on loses none of it
         self._say(f"  checkpoint {path}")
 
     def picture_due(self, before: int, images_seen: int) -> bool:
         return self._gallery.due(before, images_seen)
 
     def draw(self, learner: Learner, images_seen: int, health: Health) -> None:
-        for path, png in self._gallery.draw(learner, images_seen, self._real).items():
+        drawing = self._gallery.draw(learner, images_seen, self._real)
+        for path, png in drawing.pictures.items():
             self._run.artifact(png, path)
             if path.startswith("samples/"):
                 write_object(self._launch.fs, f"{self._launch.folder}/frames/{images_seen:012d}.png", png)
         if images_seen > 0:
-            n = min(len(self._real), 64)
-            device = self._real.device
-            generator = Generator(device).manual_seed(self._launch.spec.training.seed)
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training must not notice
-                samples = learner.sample(n, generator)
-            diversity, sentences = health.check_samples(samples, self._real[:n], images_seen)
+            n = min(len(self._real), len(drawing.samples))
+            diversity, sentences = health.check_samples(drawing.samples[:n], self._real[:n], images_seen)
             self._run.metrics({"diversity": diversity}, images_seen)
             self._warn(sentences)
 
@@ -156,7 +153,7 @@ class TrackedReporter(Reporter):
         with loop.averaged_weights(), torch.no_grad():
             of_samples, protocol = sample_figures(loop.learner, self._real, spec.training.seed)
             final = {**figures, **of_samples}
-            pictures = self._gallery.draw(loop.learner, seen, self._real)
+            pictures = self._gallery.draw(loop.learner, seen, self._real).pictures
             weights = save_safetensors(network_tensors(loop.learner.networks()))
         self._run.metrics({f"test/{name}": value for name, value in final.items()}, seen)
         files = {f"{path.split('/')[0]}.png": png for path, png in pictures.items()}

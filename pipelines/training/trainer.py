@@ -22,6 +22,7 @@ from pipelines.data.manifest import load_manifest
 from pipelines.errors import FigmentError
 from pipelines.objects import exists, read_json, write_json
 from pipelines.tracking import Tracking, send_outbox
+from pipelines.training.allocator import keep_freed_memory
 from pipelines.training.reporter import Outcome, Reporter, TrackedReporter
 from pipelines.training.worker import Launch, Place, TrainingLoop
 
@@ -96,6 +97,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     place = Place(context.get_world_rank(), context.get_world_size(), get_device())
     if run.spec.cluster.threads_per_worker:
         torch.set_num_threads(run.spec.cluster.threads_per_worker)
+    if place.device.type == "cpu":
+        keep_freed_memory()
     say = _speaker(config["line"])
     reporter: Reporter = Reporter()
     if place.rank == 0:

@@ -25,6 +25,7 @@ from models.contract import Learner, Reconstructs, Traverses
 
 GAP = 2  # pixels between and around the images of a grid
 BACKGROUND = 255
+SAMPLES = 64  # drawn at least, whatever a grid shows: their diversity is watched
 _VISIBLE = 64  # pixels: auto scaling makes the longer side of an image at least this large
 _LOG_DECADES = 3  # a logarithmic clock has no zero: after frame 0 it starts at this many decades before the end
 
@@ -72,7 +73,7 @@ def png(array: np.ndarray, images_seen: int | None = None) -> bytes:
     if images_seen is not None:
         info.add_text(_CLOCK, str(images_seen))
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG", pnginfo=info)
+    Image.fromarray(array).save(file, "PNG", pnginfo=info, compress_level=4)  # 6: as many bytes, three times as long
     return file.getvalue()
 
 
@@ -94,6 +95,13 @@ def frame_times(total_images: int, frames: int, clock: Literal["linear", "log"])
 
 
 @dataclass(frozen=True)
+class Drawing:
+    samples: Tensor  # uint8 (N, C, H, W); the grid shows the first of them
+    pictures: dict[str, bytes]
+    """Path -> PNG: samples/000000012800.png always, reconstructions/… and traversals/… if the learner can."""
+
+
+@dataclass(frozen=True)
 class Gallery:
     """When pictures of a learner are due, and how they are drawn. Without state: a resumed run goes on by the clock."""
 
@@ -107,18 +115,15 @@ class Gallery:
         """True when a frame's time lies in (before, images_seen]; `before` is -1 at the start of a run."""
         return any(before < time <= images_seen for time in frame_times(self.total_images, self.frames, self.clock))
 
-    def draw(self, learner: Learner, images_seen: int, real_images: Tensor) -> dict[str, bytes]:
-        """Path -> PNG: samples/000000012800.png always, reconstructions/… and traversals/… if the learner can.
-
-        `real_images` is uint8 (B, C, H, W) on the learner's device; as many are reconstructed as fill half a grid.
-        """
+    def draw(self, learner: Learner, images_seen: int, real_images: Tensor) -> Drawing:
+        """`real_images`: uint8 (B, C, H, W) on the learner's device; as many are reconstructed as fill half a grid."""
         device = real_images.device
         name = f"{images_seen:012d}.png"
         # A learner may draw from torch's global state; training must not notice that it did.
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            samples = learner.sample(self.columns**2, self._latents(device))
-            pictures = {f"samples/{name}": grid(samples, self.columns)}
+            samples = learner.sample(max(self.columns**2, SAMPLES), self._latents(device))
+            pictures = {f"samples/{name}": grid(samples[: self.columns**2], self.columns)}
             if isinstance(learner, Reconstructs):
                 originals = real_images[: self.columns * max(1, self.columns // 2)]
                 again = learner.reconstruct(originals, self._latents(device))
@@ -126,7 +131,7 @@ class Gallery:
             if isinstance(learner, Traverses):
                 walked = learner.traverse(self.columns, self.columns, self._latents(device))
                 pictures[f"traversals/{name}"] = walks(walked)
-        return {path: png(picture, images_seen) for path, picture in pictures.items()}
+        return Drawing(samples, {path: png(picture, images_seen) for path, picture in pictures.items()})
 
     def _latents(self, device: torch.device) -> Generator:
         return Generator(device).manual_seed(self.seed)

@@ -101,9 +101,8 @@ class TrainingLoop:
         spec, training = self.spec, self.spec.training
         rows = training.batch_size // self.place.world_size
         reporter = self.reporter
-        if self.images_seen == 0:
-            self._draw(-1)
         if self.images_seen < training.images:
+            first, started = self.images_seen, time.perf_counter()
             with closing(
                 training_batches(
                     self.launch.fs,
@@ -117,8 +116,9 @@ class TrainingLoop:
                     prefetch_batches=spec.data.prefetch_batches,
                 )
             ) as batches:
+                if self.images_seen == 0:
+                    self._draw(-1)  # while the stream starts
                 meter = Meter(self.images_seen)
-                first, started = self.images_seen, time.perf_counter()
                 while self.images_seen < training.images:
                     images, labels = next(batches)
                     before = self.images_seen

@@ -190,8 +190,10 @@ REAL = torch.from_numpy(flat(*range(20), height=2, width=2))
 
 
 def test_draw_gives_what_the_learner_can_do() -> None:
-    assert list(GALLERY.draw(Draws(), 12800, REAL)) == ["samples/000000012800.png"]
-    pictures = GALLERY.draw(DrawsEverything(), 12800, REAL)
+    drawing = GALLERY.draw(Draws(), 12800, REAL)
+    assert list(drawing.pictures) == ["samples/000000012800.png"]
+    assert (opened(drawing.pictures["samples/000000012800.png"]) == grid(drawing.samples[:9], 3)).all()
+    pictures = GALLERY.draw(DrawsEverything(), 12800, REAL).pictures
     assert list(pictures) == [f"{kind}/000000012800.png" for kind in ("samples", "reconstructions", "traversals")]
     assert (opened(pictures["reconstructions/000000012800.png"]) == pairs(REAL[:3], 255 - REAL[:3], 3)).all()
     assert set(np.unique(opened(pictures["traversals/000000012800.png"]))) == {*range(9), BACKGROUND}
@@ -211,13 +213,13 @@ def test_draw_leaves_training_as_it_was() -> None:
 
 def test_samples_come_from_the_same_latents_each_time() -> None:
     learner = Draws()
-    first = GALLERY.draw(learner, 0, REAL)["samples/000000000000.png"]
+    first = GALLERY.draw(learner, 0, REAL).pictures["samples/000000000000.png"]
     torch.rand(5)
-    second = GALLERY.draw(learner, 500, REAL)["samples/000000000500.png"]
+    second = GALLERY.draw(learner, 500, REAL).pictures["samples/000000000500.png"]
     assert (opened(first) == opened(second)).all()
     with torch.no_grad():
         learner.g.weight.add_(1.0)
-    assert (opened(GALLERY.draw(learner, 0, REAL)["samples/000000000000.png"]) != opened(first)).any()
+    assert (opened(GALLERY.draw(learner, 0, REAL).pictures["samples/000000000000.png"]) != opened(first)).any()
 
 
 # --- animations -------------------------------------------------------------------------------------------------------
