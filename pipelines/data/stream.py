@@ -4,7 +4,7 @@ Each worker runs its own Ray Data pipeline over its part of the plan (`plan.py`)
 into contiguous Arrow blocks (`windows.py`), and blocks arrive in the order of the plan. A background thread cuts them
 into exact batches. Images stay uint8 (B, C, H, W) until they are on the device.
 
-How much is held is bounded by the window and by `STORE_BYTES`, not by the data set. A pipeline covers many windows, and
+How much is held is bounded by windows and by `STORE_BYTES`, not by the data set. A pipeline covers many windows, and
 the next one starts while the last windows of the one before are being consumed, so that its start is not waited for.
 """
 
@@ -41,7 +41,7 @@ from pipelines.errors import FigmentError
 
 STORE_BYTES = 256 * 2**20  # of the object store, for one pipeline: no further window is begun beyond it
 TASKS = 4  # windows of one worker in the making at the same time
-READ_CPUS = 0.25  # a reading task waits more than it computes, and must fit beside the training workers
+READ_CPUS = 0.5  # so that a small machine runs few of them beside its training workers, and any other TASKS
 DECODE_CPUS = 0.5
 WINDOWS_PER_PIPELINE = 64
 REST_S = 0.05  # finished blocks wait at that time: more than one, when the consumer is slow
@@ -281,8 +281,12 @@ class _Pipeline:
         context.raise_original_map_exception = True  # the wrapper that Ray has for them loses them on its way here
         # Training may stand still for an hour, to evaluate or to debug.
         context.execution_no_progress_timeout_s = -1
+        # As many finished windows as are in the making are enough: more would only make a run on a small data set begin
+        # with reading a hundred epochs ahead.
+        window_bytes = max(read.rows for read in reads) * layout.width
+        memory = min(STORE_BYTES, 2 * TASKS * window_bytes)
         context.execution_options = ExecutionOptions(
-            preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
+            preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=memory)
         )
         # Not `iter_batches`: it leaves threads behind when it is not read to its end, and this thread is enough.
         self._bundles: Iterator | None = dataset.iter_internal_ref_bundles()
