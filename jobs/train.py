@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -64,7 +65,7 @@ def main() -> None:
         fs,
         name=where.name or spec.recipe,
         tracking=None if uri == "none" else Tracking(uri, where.experiment),
-        tags={"recipe": spec.recipe, **_revision()},
+        tags={"recipe": spec.recipe, **_source(), **_revision()},
         say=_say,
     )
     _say(f"done: {outcome.images_seen:,} images, {outcome.images_per_s:,.0f} images/s, {outcome.seconds:.0f} s")
@@ -107,6 +108,12 @@ def _command(name: str, recipe: RunSpec) -> type[Any]:
     command = make_dataclass("Command", [*sections, where], frozen=True)
     command.__doc__ = RECIPES[name].__doc__
     return command
+
+
+def _source() -> dict[str, str]:
+    """The command, for the run's page."""
+    command = shlex.join(["python", "-m", "jobs.train", *sys.argv[1:]])
+    return {"mlflow.source.name": command, "mlflow.source.type": "JOB"}
 
 
 def _revision() -> dict[str, str]:

@@ -54,7 +54,7 @@ from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_u
 LOG_VARIANCE_BOUND = 15.0
 COLLAPSED_KL = 0.05  # nats: below it z tells the decoder less than a tenth of a bit about the image
 LOG_2PI = math.log(2 * math.pi)
-WALK = (0.00135, 0.99865)  # quantiles of the prior between which a traversal walks: -3 to 3 standard deviations
+WALK = 3.0  # standard deviations of the prior: a traversal walks from -3 to 3
 
 
 @dataclass(frozen=True)
@@ -240,19 +240,20 @@ class VAE:
 
     @torch.no_grad()
     def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
-        """Each row walks one coordinate of z from -3 to 3 in equal shares of the prior; the others as drawn.
+        """Each row walks one coordinate of z from -3 to 3 in even steps; the others as drawn.
 
         The coordinates are those to which the decoder's first layer gives the largest weights, largest first; each row
-        has a draw of its own. With D = 2 the rows walk the other coordinate: the paper's map of it (figure 4)."""
-        walk = _quantiles(steps, generator.device)
+        has a draw of its own. With D = 2 the rows walk the other coordinate, both in equal shares of the prior: the
+        paper's map of it (figure 4)."""
         if self.config.latent == 2:
-            across = torch.stack(torch.meshgrid(_quantiles(rows, generator.device), walk, indexing="ij"), dim=-1)
+            axes = _quantiles(rows, generator.device), _quantiles(steps, generator.device)
+            across = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
             images = self._images(self.decoder.mean(across.flatten(0, 1)))
         else:
             z = self._prior(rows, generator)[:, None, :].repeat(1, steps, 1)
             order = self.decoder.hidden.weight.norm(dim=0).argsort(descending=True)
             for row in range(rows):
-                z[row, :, order[row % len(order)]] = walk
+                z[row, :, order[row % len(order)]] = torch.linspace(-WALK, WALK, steps, device=generator.device)
             images = self._images(self.decoder.mean(z.flatten(0, 1)))
         return to_uint8(images).unflatten(0, (rows, steps))
 
@@ -312,8 +313,9 @@ class DecoderMean(nn.Module):
 
 
 def _quantiles(steps: int, device: torch.device) -> Tensor:
-    """The prior's coordinates at equal steps of its distribution function, (steps,)."""
-    return torch.special.ndtri(torch.linspace(*WALK, steps, device=device))
+    """Coordinates from -WALK to WALK at equal steps of the prior's distribution function, (steps,)."""
+    ends = torch.special.ndtr(torch.tensor([-WALK, WALK], device=device))
+    return torch.special.ndtri(torch.linspace(float(ends[0]), float(ends[1]), steps, device=device))
 
 
 def build(config: Config, shape: ImageShape) -> VAE:

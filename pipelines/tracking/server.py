@@ -28,6 +28,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 _log = logging.getLogger(__name__)
 
 _RUN_KEY = "figment.run_key"
+_KIND = "mlflow.experimentKind"  # else the pages show an experiment as one with language models
 _METRICS_PER_REQUEST, _PAIRS_PER_REQUEST = 1000, 100  # MLflow's limits
 _T = TypeVar("_T")
 
@@ -260,7 +261,7 @@ def _experiment(client: Any, tracking: Tracking) -> str:
         if tracking.uri.startswith("sqlite:///"):  # else artifacts would land wherever the process happens to run
             beside = Path(tracking.uri.removeprefix("sqlite:///")).absolute().with_suffix("").as_uri() + "-artifacts"
         try:
-            return client.create_experiment(tracking.experiment, artifact_location=beside)
+            return client.create_experiment(tracking.experiment, beside, {_KIND: "custom_model_development"})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it at the same moment
                 raise

@@ -104,6 +104,8 @@ def test_ingest_and_training_through_job_submission_end_in_pictures_and_a_tracke
     assert run.info.status == "FINISHED"
     assert run.data.params["training.images"] == "640"
     assert run.data.tags["data.version"] == manifest.version
+    assert run.data.tags["mlflow.source.name"].startswith("python -m jobs.train dcgan-demo --data.dataset small")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development", "the pages for training"
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss_d")]
     assert steps == [160, 320, 480, 640]
     assert {f.path for f in client.list_artifacts(run.info.run_id, "final")} >= {
