@@ -37,7 +37,7 @@ QUIET = {
     # Ray tells every job that it started more processes than there are CPUs. They are small, and it is meant so.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node",
     # How often Ray asks each training worker whether it is well, 2 s by default. A finished run waits for the next
-    # question; each question takes the interpreter lock of the training thread, at .2 s some 2 % of its time.
+    # question; each question takes the interpreter lock from training (docs/results.md).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # Else Ray turns 127.0.0.1 into the address of the network card, where the stack does not listen.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

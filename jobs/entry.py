@@ -9,14 +9,19 @@ import logging
 import os
 import re
 import socket
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from infra.storage import StorageError, default_store, explain, redact
 from pipelines.errors import FigmentError
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+
+CODE = Path(__file__).resolve().parents[1]
+PACKAGES = ("models", "pipelines", "jobs", "infra")
 
 
 def run_job(main: Callable[[], None]) -> None:
@@ -118,3 +123,23 @@ def settle_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
+
+
+def code_revision(code: Path = CODE, checkouts: Sequence[Path] = (CODE, Path(sys.prefix).parent)) -> str | None:
+    """The commit of the packages in `code`, with "-dirty" behind it when they differ from it; None when nobody knows.
+
+    FIGMENT_REVISION says it. Else the first of `checkouts` that is a repository is asked: a submitted job runs from a
+    copy that leaves .git out, and its Python is that of the `.venv` in the checkout.
+    """
+    known = os.environ.get("FIGMENT_REVISION")
+    if known:
+        return known
+    for checkout in checkouts:
+        git = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={code}"]
+        try:
+            asked = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+            changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *PACKAGES], cwd=code, check=False)
+        except (OSError, subprocess.CalledProcessError):
+            continue  # no git here, or no repository there
+        return asked.stdout.strip() + ("-dirty" if changed.returncode else "")
+    return None

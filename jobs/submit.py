@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from infra.servers import program
-from jobs.entry import BUG, INTERRUPTED, run_job
+from jobs.entry import BUG, INTERRUPTED, code_revision, run_job
 from pipelines.errors import FigmentError
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def _running(client: JobSubmissionClient, entrypoint: str) -> str | None:
 def _submit(entrypoint: str, command: Sequence[str]) -> str:
     name = next((word.removeprefix("jobs.") for word in command if word.startswith("jobs.")), "job")
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-    runtime = json.dumps({"env_vars": _revision()})
+    commit = code_revision()  # the cluster may have no repository to ask
+    runtime = json.dumps({"env_vars": {"FIGMENT_REVISION": commit} if commit else {}})
     print(f"$ ray job submit --working-dir . -- {entrypoint}", flush=True)
     submit = [program("ray"), "job", "submit", "--no-wait", "--submission-id", job, "--log-color=false"]
     done = subprocess.run(
@@ -145,16 +146,6 @@ def _submit(entrypoint: str, command: Sequence[str]) -> str:
     if done.returncode:
         raise FigmentError(f"`ray job submit` failed with exit code {done.returncode}: {_last_line(done.stderr)}")
     return job
-
-
-def _revision() -> dict[str, str]:
-    """The commit that is submitted: the job's own folder has no repository to ask."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"FIGMENT_REVISION": told.stdout.strip()}
 
 
 def _last_line(text: str) -> str:

@@ -9,7 +9,6 @@ import difflib
 import json
 import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import tyro
 from pyarrow import fs as pafs
 
 from infra.storage import default_store, open_storage
-from jobs.entry import connect_ray, run_job
+from jobs.entry import code_revision, connect_ray, run_job
 from pipelines.config import RunSpec
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object
@@ -65,7 +64,7 @@ def main() -> None:
         fs,
         name=where.name or spec.recipe,
         tracking=None if uri == "none" else Tracking(uri, where.experiment),
-        tags={"recipe": spec.recipe, **_source(), **_revision()},
+        tags={"recipe": spec.recipe, **_source()},
         say=_say,
     )
     _say(f"done: {outcome.images_seen:,} images, {outcome.images_per_s:,.0f} images/s, {outcome.seconds:.0f} s")
@@ -111,21 +110,11 @@ def _command(name: str, recipe: RunSpec) -> type[Any]:
 
 
 def _source() -> dict[str, str]:
-    """The command, for the run's page."""
+    """The command and the commit of its code, for the run's page."""
     command = shlex.join(["python", "-m", "jobs.train", *sys.argv[1:]])
-    return {"mlflow.source.name": command, "mlflow.source.type": "JOB"}
-
-
-def _revision() -> dict[str, str]:
-    """The commit of the code, where there is a repository or the submitter named it (FIGMENT_REVISION)."""
-    known = os.environ.get("FIGMENT_REVISION")
-    if not known:
-        command = ["git", "rev-parse", "HEAD"]
-        try:
-            known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return {}  # a job's working directory leaves .git out
-    return {"mlflow.source.git.commit": known}
+    commit = code_revision()
+    known = {"mlflow.source.git.commit": commit} if commit else {}
+    return {"mlflow.source.name": command, "mlflow.source.type": "JOB", **known}
 
 
 def _copy_pictures(fs: pafs.FileSystem, folder: str, names: list[str], output: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.storage import StorageError
-from jobs.entry import run_job, settle_ray_data, user_sentence
+from jobs.entry import PACKAGES, code_revision, run_job, settle_ray_data, user_sentence
 from pipelines.errors import FigmentError
 
 
@@ -136,3 +137,24 @@ def _sentence(call) -> str | None:
     with pytest.raises(Exception) as caught:
         call()
     return user_sentence(caught.value)
+
+
+def test_a_job_that_runs_from_a_copy_knows_its_commit(tmp_path, monkeypatch):
+    monkeypatch.delenv("FIGMENT_REVISION", raising=False)
+    checkout, copy = tmp_path / "checkout", tmp_path / "copy"
+    for package in PACKAGES:
+        (checkout / package).mkdir(parents=True)
+        (checkout / package / "a.py").write_text("x = 1\n")
+        shutil.copytree(checkout / package, copy / package)
+    (checkout / "README.md").write_text("stays at home\n")
+    git = ["git", "-C", str(checkout), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert code_revision(copy, [tmp_path, checkout]) == commit
+    (copy / "jobs" / "a.py").write_text("x = 2\n")
+    assert code_revision(copy, [checkout]) == f"{commit}-dirty"
+    assert code_revision(copy, [tmp_path]) is None
+    monkeypatch.setenv("FIGMENT_REVISION", "named")
+    assert code_revision(copy, [checkout]) == "named"

@@ -170,7 +170,7 @@ class Draws:
         return {}
 
     def step(self, batch: Batch, generator: Generator) -> Metrics:
-        raise NotImplementedError
+        raise AssertionError("drawing never trains")
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         noise = torch.rand(n, 3, generator=generator) + torch.rand(n, 3)
