@@ -105,6 +105,32 @@ def _open_bucket(url: str, bucket: str, prefix: str) -> pafs.FileSystem:
 
 
 def _s3() -> pafs.S3FileSystem:
+    options = _from_environment()
+    endpoint = options.pop("endpoint", None)
+    if endpoint:
+        scheme, _, address = endpoint.partition("://")
+        options |= {"endpoint_override": address, "scheme": scheme}
+    return pafs.S3FileSystem(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        **options,
+    )
+
+
+def s3_client_options() -> dict[str, str]:
+    """The same endpoint, region and credentials in the words of a boto3 client."""
+    names = {
+        "endpoint": "endpoint_url",
+        "region": "region_name",
+        "access_key": "aws_access_key_id",
+        "secret_key": "aws_secret_access_key",
+        "session_token": "aws_session_token",
+    }
+    return {names[name]: value for name, value in _from_environment().items()}
+
+
+def _from_environment() -> dict[str, str]:
     env = os.environ
     endpoint = s3_endpoint()
     options: dict[str, str] = {}
@@ -112,7 +138,7 @@ def _s3() -> pafs.S3FileSystem:
         parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
         if not parts.netloc or parts.path.strip("/"):
             raise StorageError(f"the S3 endpoint {redact(endpoint)!r} must look like https://host:port, without a path")
-        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        options["endpoint"] = f"{parts.scheme}://{parts.netloc}"
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
     if region:
         options["region"] = region
@@ -122,12 +148,7 @@ def _s3() -> pafs.S3FileSystem:
         options["secret_key"] = env["AWS_SECRET_ACCESS_KEY"]
         if env.get("AWS_SESSION_TOKEN"):
             options["session_token"] = env["AWS_SESSION_TOKEN"]
-    return pafs.S3FileSystem(
-        connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=REQUEST_TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        **options,
-    )
+    return options
 
 
 def s3_endpoint() -> str | None:
