@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 from pyarrow import fs as pafs
 
+from infra.conditional import open_conditional
 from infra.storage import default_store, open_storage
 from jobs.entry import code_revision, connect_ray, run_job
 from pipelines.config import RunSpec
@@ -66,6 +67,7 @@ def main() -> None:
         tracking=None if uri == "none" else Tracking(uri, where.experiment),
         tags={"recipe": spec.recipe, **_source()},
         say=_say,
+        leases=open_conditional(store),
     )
     _say(f"done: {outcome.images_seen:,} images, {outcome.images_per_s:,.0f} images/s, {outcome.seconds:.0f} s")
     folder = f"{store.rstrip('/')}/{outcome.folder}"

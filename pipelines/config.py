@@ -42,6 +42,8 @@ class TrainingSpec:
     """bf16: autocast of the forward passes; weights stay fp32."""
     compile: bool = False
     """torch.compile every network."""
+    deterministic: bool = True
+    """On a GPU: only algorithms that give the same bits again, where there are such; slower. A CPU's always do."""
     grad_clip: float | None = None
     """Largest norm of one optimiser's gradient; None: no clipping."""
     ema_half_life: int = 0
@@ -140,11 +142,13 @@ class RunSpec:
         """Hash of everything that decides which numbers a run produces: a run is only resumed under the same identity.
 
         Left out: what may change from one launch to the next (the length of the run, where and how often it is saved
-        and logged, and the cluster; another number of workers goes on from the same cursor).
+        and logged, and the cluster; another number of workers goes on from the same cursor), and the version of the
+        data set: a run keeps the one that it began with (run.json).
         """
         body = self.to_dict()
-        for name in ("images", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("images", "deterministic", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
             del body["training"][name]
+        body["data"]["dataset"] = self.data.dataset.partition("@")[0]
         del body["data"]["prefetch_batches"]
         for name in ("recipe", "visuals", "cluster", "expected"):
             del body[name]

@@ -41,11 +41,12 @@ def dcgan_cifar10() -> RunSpec:
 
 
 def dcgan_imagenet64() -> RunSpec:
-    """DCGAN as in the paper, at 64x64 on ImageNet-1k; for a node with four GPUs."""
+    """DCGAN as in the paper, at 64x64 on ImageNet-1k; for a node with four GPUs. Samples are compared with training
+    images: the train archive holds none out."""
     return RunSpec(
         recipe="dcgan-imagenet64",
         model=dcgan.Config(),
-        data=DataSpec(dataset="imagenet64", eval_split="train"),  # the train archive has no other split
+        data=DataSpec(dataset="imagenet64", eval_split="train"),
         training=TrainingSpec(
             images=32_000_000,  # 25 epochs
             batch_size=512,  # 128 a worker, as the paper's: batch statistics are each worker's own

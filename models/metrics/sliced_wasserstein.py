@@ -42,19 +42,19 @@ class Settings:
     projections: int = 256
     """S, random directions that patches are projected on."""
     smallest: int = 16
-    """Side in pixels at which the pyramid ends; an image that is smaller has one level."""
+    """Shorter side in pixels at which the pyramid ends; an image that is smaller has one level."""
     seed: int = 0
     """Of the patches' places and the directions."""
 
     def protocol(self, images: int, side: int) -> str:
-        """All that a value depends on besides the images themselves."""
+        """All that a value depends on besides the images themselves; `side`: the shorter one."""
         return (
             f"swd-1 levels={'/'.join(map(str, self.levels(side)))} patch={self.patch}"
             f" per-image={self.patches_per_image} projections={self.projections} n={images} seed={self.seed}"
         )
 
     def levels(self, side: int) -> list[int]:
-        """Sides of the pyramid's levels, finest first."""
+        """Shorter sides of the pyramid's levels, finest first."""
         sides = [side]
         while sides[-1] // 2 >= self.smallest:
             sides.append(sides[-1] // 2)
@@ -71,7 +71,7 @@ def distance(real: Tensor, fake: Tensor, settings: Settings) -> dict[str, float]
     generator.set_state(places)  # the same places in both sets: two equal sets are at distance 0
     fake_levels = patch_features(fake, settings, generator)
     values = {}
-    for side, a, b in zip(settings.levels(real.shape[-2]), real_levels, fake_levels, strict=True):
+    for side, a, b in zip(settings.levels(min(real.shape[-2:])), real_levels, fake_levels, strict=True):
         values[f"swd_{side}"] = patch_distance(a, b, settings, generator)
     return {"swd": sum(values.values()) / len(values), **values}
 
@@ -82,7 +82,7 @@ def patch_features(images: Tensor, settings: Settings, generator: Generator) -> 
     `generator` is on the CPU, whatever the images are on: the same places for every device."""
     return [
         _patches(level, settings.patch, settings.patches_per_image, generator)
-        for level in laplacian_pyramid(to_unit(images), len(settings.levels(images.shape[-2])))
+        for level in laplacian_pyramid(to_unit(images), len(settings.levels(min(images.shape[-2:]))))
     ]
 
 

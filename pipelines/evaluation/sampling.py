@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -14,13 +15,19 @@ import models
 from models.contract import ImageShape, Learner
 from pipelines.config import RunSpec, spec_from_dict
 from pipelines.errors import FigmentError
-from pipelines.training.checkpoint import load_bundle, load_networks, newest_bundle, set_network_tensors
+from pipelines.training.checkpoint import load_bundle, load_networks, set_network_tensors
+from pipelines.training.history import newest_bundle
+
+log = logging.getLogger(__name__)
 
 
 def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, RunSpec]:
     """`path` is the folder of a bundle, or of a run (its newest bundle). Averaged weights when the run kept them."""
     path = path.rstrip("/")
-    bundle = newest_bundle(fs, path) or load_bundle(fs, path)
+    found, damaged = newest_bundle(fs, path)
+    for sentence in damaged:
+        log.warning("%s", sentence)
+    bundle = found.bundle if found is not None else load_bundle(fs, path)
     learner = models.build(bundle.spec.model, ImageShape(*bundle.image_shape))
     load_networks(fs, bundle, learner.networks(), averaged=True)
     return learner, bundle.spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pipelines.tracking.client import MlflowException, Tracking, is_refusal, reason_of, unreachable
 from pipelines.tracking.outbox import Courier, Identity, Outbox, Record, Unreachable
 from pipelines.tracking.published import pack_model, publish_model
-from pipelines.tracking.run import Run, clean_tags, flatten
+from pipelines.tracking.run import Run, Status, clean_tags, flatten
 
 # isort: split
 from mlflow import entities as mlf
@@ -74,6 +75,21 @@ def send_outbox(tracking: Tracking, outbox: tuple[pafs.FileSystem, str], timeout
         return 0
     server = _MlflowServer(tracking, box, identity, resume=False)
     return Courier(box, server.connect, server.deliver).close(timeout_s)
+
+
+def end_run(
+    tracking: Tracking, outbox: tuple[pafs.FileSystem, str], status: Status, note: str, timeout_s: float = 60.0
+) -> int:
+    """Tell the end of a run whose own process could not tell it; number of segments that wait in the outbox."""
+    box = Outbox(*outbox)
+    identity = box.identity()
+    if identity is None:  # it ended before it was known to anybody
+        return 0
+    server = _MlflowServer(tracking, box, identity, resume=False)
+    courier = Courier(box, server.connect, server.deliver)
+    courier.put(Record("tags", {"values": clean_tags({"mlflow.note.content": note})}, server.session))
+    courier.put(Record("status", {"status": status, "time_ms": int(1000 * time.time())}, server.session))
+    return courier.close(timeout_s)
 
 
 class _MlflowServer:

@@ -1,15 +1,15 @@
 """One bundle a checkpoint: a folder in storage that `bundle.json`, written last, makes valid.
 
-    runs/NAME/checkpoints/000000051200/      (images seen)
-        networks.safetensors                 weights and buffers, "generator.conv.weight"
-        ema.safetensors                      averaged weights, when the run keeps them
-        optimizers.pt                        state dicts by name; loaded weights-only
-        rank-00000.pt …                      a worker's own random states and buffers; loaded weights-only
-        bundle.json                          spec, images seen, data cursor, data-set version, file hashes
+    runs/NAME/checkpoints/000000051200-00003/    (images seen, fence of the launch that wrote it)
+        networks.safetensors                     weights and buffers, "generator.conv.weight"
+        ema.safetensors                          averaged weights, when the run keeps them
+        optimizers.pt                            state dicts by name; loaded weights-only
+        rank-00000.pt …                          a worker's own random states and buffers; loaded weights-only
+        bundle.json                              spec, images seen, data cursor, data-set version, sha256 of every file
 
 No code is stored and none is run at loading. The commit is ours and not Ray Train's checkpoint snapshot, because it
 must hold under `kill -9` of worker or driver, for another number of workers, another version of Ray, and a reader
-without Ray.
+without Ray. Which bundles a run has, and which is gone on from, is `history.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from models.contract import Learner
 from pipelines.config import RunSpec, spec_from_dict
 from pipelines.data.plan import Cursor
 from pipelines.errors import FigmentError
-from pipelines.objects import children, exists, read_json, read_object, write_json, write_object
+from pipelines.objects import exists, read_json, read_object, write_json, write_object
+from pipelines.training.collectives import gather
 from pipelines.training.ema import Ema
 
-FORMAT = "figment-bundle-1"
+FORMAT = "figment-bundle-2"
+READABLE = ("figment-bundle-1", FORMAT)  # 1 did not list the workers' files: their random states are not restored
 NETWORKS, EMA, OPTIMIZERS, BUNDLE = "networks.safetensors", "ema.safetensors", "optimizers.pt", "bundle.json"
 
 
@@ -48,7 +50,16 @@ class Bundle:
     cursor: Cursor
     dataset: str  # NAME@VERSION
     image_shape: tuple[int, int, int]
-    files: dict[str, str]  # file name -> sha256; rank files are not listed
+    files: dict[str, str]  # file name -> sha256
+
+    def needed_by(self, rank: int) -> list[str]:
+        """The files that a worker of this rank restores from."""
+        own = _rank_file(rank)
+        return [name for name in self.files if not name.startswith("rank-") or name == own]
+
+
+class DamagedError(FigmentError):
+    """A checkpoint that is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +72,25 @@ class TrainingState:
 
 
 def save_bundle(
-    fs: pafs.FileSystem, bundle: Bundle, state: TrainingState, rank: int, barrier: Callable[[], None]
+    fs: pafs.FileSystem,
+    bundle: Bundle,
+    state: TrainingState,
+    rank: int,
+    gather: Callable[[dict[str, str]], list[dict[str, str]]] = gather,
 ) -> None:
     """Called by every worker. `bundle.files` is filled in here; the bundle is valid when the call returns on rank 0."""
-    _write(fs, f"{bundle.path}/{_rank_file(rank)}", _to_bytes(_rank_state(state)))
-    hashes = {}
+    if rank == 0 and exists(fs, f"{bundle.path}/{BUNDLE}"):  # it was damaged, else the run would have gone on from it
+        fs.delete_file(f"{bundle.path}/{BUNDLE}")
+    own = {_rank_file(rank): _to_bytes(_rank_state(state))}
     if rank == 0:
         learner = state.learner
-        payloads = {
-            NETWORKS: save_safetensors(network_tensors(learner.networks())),
-            OPTIMIZERS: _to_bytes({name: o.state_dict() for name, o in learner.optimizers().items()}),
-        }
+        own[NETWORKS] = save_safetensors(network_tensors(learner.networks()))
+        own[OPTIMIZERS] = _to_bytes({name: o.state_dict() for name, o in learner.optimizers().items()})
         if state.ema is not None:
-            payloads[EMA] = save_safetensors({k: t.detach().cpu().contiguous() for k, t in state.ema.state.items()})
-        hashes = {name: _write(fs, f"{bundle.path}/{name}", data) for name, data in payloads.items()}
-    barrier()  # every rank's file is there before the bundle becomes valid
+            own[EMA] = save_safetensors({k: t.detach().cpu().contiguous() for k, t in state.ema.state.items()})
+    # The hashes arrive when every worker's files are there; only then the bundle may become valid.
+    hashes = gather({name: _write(fs, f"{bundle.path}/{name}", data) for name, data in own.items()})
+    files = {name: sha256 for written in hashes for name, sha256 in written.items()}
     if rank == 0:
         write_json(
             fs,
@@ -89,87 +104,90 @@ def save_bundle(
                 "cursor": bundle.cursor.to_dict(),
                 "dataset": bundle.dataset,
                 "image_shape": list(bundle.image_shape),
-                "files": hashes,
+                "files": files,
             },
         )
 
 
 def load_bundle(fs: pafs.FileSystem, path: str) -> Bundle:
-    """`path` is a bundle's folder."""
-    if not exists(fs, f"{path}/{BUNDLE}"):
+    """`path` is a bundle's folder. `DamagedError` when its `bundle.json` cannot be read for what it says."""
+    where = f"{path}/{BUNDLE}"
+    if not exists(fs, where):
         raise FigmentError(f"{path} has no {BUNDLE}: it is not a complete checkpoint; choose another under its run")
-    body = read_json(fs, f"{path}/{BUNDLE}")
-    if body.get("format") != FORMAT:
+    try:
+        body = read_json(fs, where)
+        known = body["format"] in READABLE
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{where} cannot be read ({type(error).__name__}: {error})") from error
+    if not known:
         raise FigmentError(
-            f"{path}/{BUNDLE} has format {body.get('format')!r}; this version of Figment reads {FORMAT!r}"
+            f"{where} has format {body['format']!r}, this version of Figment reads {' and '.join(READABLE)}:"
+            " use the version that wrote it"
         )
-    return Bundle(
-        path=path,
-        spec=spec_from_dict(body["spec"]),
-        images_seen=body["images_seen"],
-        step=body["step"],
-        cursor=Cursor.from_dict(body["cursor"]),
-        dataset=body["dataset"],
-        image_shape=tuple(body["image_shape"]),
-        files=body["files"],
-    )
+    try:
+        return Bundle(
+            path=path,
+            spec=spec_from_dict(body["spec"]),
+            images_seen=int(body["images_seen"]),
+            step=int(body["step"]),
+            cursor=Cursor.from_dict(body["cursor"]),
+            dataset=body["dataset"],
+            image_shape=tuple(body["image_shape"]),
+            files=dict(body["files"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, FigmentError) as error:
+        raise DamagedError(f"{where} does not say what a checkpoint says ({type(error).__name__}: {error})") from error
 
 
-def newest_bundle(fs: pafs.FileSystem, run_folder: str) -> Bundle | None:
-    """The valid bundle with the most images seen, or None."""
-    root = f"{run_folder}/checkpoints"
-    for name in reversed(children(fs, root)):
-        if exists(fs, f"{root}/{name}/{BUNDLE}"):
-            return load_bundle(fs, f"{root}/{name}")
-    return None
+def read_payloads(fs: pafs.FileSystem, bundle: Bundle, names: list[str]) -> dict[str, bytes]:
+    """File name -> its bytes, each found to have the sha256 that the bundle names; `DamagedError` else."""
+    payloads = {}
+    for name in names:
+        path = f"{bundle.path}/{name}"
+        try:
+            payloads[name] = read_object(fs, path)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path} is missing") from error
+        if hashlib.sha256(payloads[name]).hexdigest() != bundle.files[name]:
+            raise DamagedError(f"{path} ({len(payloads[name]):,} bytes) does not have the sha256 that {BUNDLE} names")
+    return payloads
 
 
-def bundle_path(run_folder: str, images_seen: int) -> str:
-    return f"{run_folder}/checkpoints/{images_seen:012d}"
-
-
-def restore(fs: pafs.FileSystem, bundle: Bundle, state: TrainingState, rank: int) -> bool:
-    """Put a bundle into live objects, bit for bit. False when this rank had no file of its own (more workers than
-    before): its random states are then as freshly seeded."""
-    load_networks(fs, bundle, state.learner.networks(), averaged=False)
-    optimizers = _from_bytes(_read(fs, bundle, OPTIMIZERS))
+def restore(bundle: Bundle, payloads: Mapping[str, bytes], state: TrainingState, rank: int) -> str | None:
+    """Put a bundle into live objects, bit for bit. Else the reason why the random states of this rank could not be
+    restored, and are as they were; everything else then is restored all the same."""
+    set_network_tensors(state.learner.networks(), load_safetensors(payloads[NETWORKS]))
+    optimizers = _from_bytes(payloads[OPTIMIZERS])
     for name, optimizer in state.learner.optimizers().items():
         optimizer.load_state_dict(optimizers[name])
     if state.ema is not None:
-        averages = load_safetensors(_read(fs, bundle, EMA))
+        averages = load_safetensors(payloads[EMA])
         for name, tensor in state.ema.state.items():
             tensor.copy_(averages[name])
-    own = f"{bundle.path}/{_rank_file(rank)}"
-    if rank >= bundle.cursor.world_size or not exists(fs, own):
-        return False
-    body = _from_bytes(read_object(fs, own))
-    state.generator.set_state(body["generator"])
-    torch.set_rng_state(body["torch"])
-    if "cuda" in body and torch.cuda.is_available():
-        torch.cuda.set_rng_state(body["cuda"])
+    own = payloads.get(_rank_file(rank))
+    if own is None:
+        return f"the checkpoint holds no random states of worker {rank}"
+    body = _from_bytes(own)
     for net, module in state.learner.networks().items():
         for name, buffer in module.named_buffers():
             buffer.copy_(body["buffers"][f"{net}.{name}"])
-    return True
+    torch.set_rng_state(body["torch"])
+    if "cuda" in body and torch.cuda.is_available():
+        torch.cuda.set_rng_state(body["cuda"])
+    if body["generator"].shape != state.generator.get_state().shape:  # the kinds of device have other generators
+        return f"the checkpoint's random states are of another kind of device than {state.generator.device.type!r}"
+    state.generator.set_state(body["generator"])
+    return None
 
 
 def load_networks(fs: pafs.FileSystem, bundle: Bundle, networks: Mapping[str, nn.Module], *, averaged: bool) -> None:
     """Weights only, for sampling; `averaged` takes the moving average when the bundle has one."""
     name = EMA if averaged and EMA in bundle.files else NETWORKS
-    set_network_tensors(networks, load_safetensors(_read(fs, bundle, name)))
-
-
-def prune_bundles(fs: pafs.FileSystem, run_folder: str, keep: int) -> None:
-    """Delete all but the `keep` newest valid bundles, and half-written ones older than the newest valid one.
-    A bundle loses `bundle.json` first, so that it is never valid and incomplete."""
-    root = f"{run_folder}/checkpoints"
-    names = children(fs, root)
-    valid = [name for name in names if exists(fs, f"{root}/{name}/{BUNDLE}")]
-    for name in names:
-        if valid and name < valid[-1] and name not in valid[-keep:]:
-            if name in valid:
-                fs.delete_file(f"{root}/{name}/{BUNDLE}")
-            fs.delete_dir(f"{root}/{name}")
+    try:
+        payload = read_payloads(fs, bundle, [name])[name]
+    except DamagedError as error:
+        raise FigmentError(f"{error}: choose another checkpoint of its run") from error
+    set_network_tensors(networks, load_safetensors(payload))
 
 
 def network_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -210,16 +228,6 @@ def _rank_state(state: TrainingState) -> dict[str, Any]:
 def _write(fs: pafs.FileSystem, path: str, data: bytes) -> str:
     write_object(fs, path, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _read(fs: pafs.FileSystem, bundle: Bundle, name: str) -> bytes:
-    data = read_object(fs, f"{bundle.path}/{name}")
-    if hashlib.sha256(data).hexdigest() != bundle.files[name]:
-        raise FigmentError(
-            f"{bundle.path}/{name} does not have the sha256 that {BUNDLE} names: the checkpoint is damaged;"
-            " delete its folder and the run goes on from the one before"
-        )
-    return data
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -13,12 +13,14 @@ class Ema:
     """`average <- w * average + (1 - w) * parameters` with w = 2^(-images / half_life).
 
     The half-life grows with the run at first (at most a tenth of the images seen), so that the average forgets the
-    initial weights early. Buffers are copied.
+    initial weights early. Buffers (a BatchNorm's running statistics, counters) are no weights: they are copied, from
+    this worker's own networks.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], half_life: int) -> None:
         self._networks = networks
         self._half_life = half_life
+        self._buffers = {f"{net}.{name}" for net, module in networks.items() for name, _ in module.named_buffers()}
         self.state: dict[str, Tensor] = {name: t.detach().clone() for name, t in _named_tensors(networks)}
 
     @torch.no_grad()
@@ -27,11 +29,10 @@ class Ema:
         half_life = min(self._half_life, images_seen / 10)
         weight = 0.5 ** (images / max(half_life, 1e-8))
         for name, tensor in _named_tensors(self._networks):
-            average = self.state[name]
-            if average.is_floating_point():
-                average.lerp_(tensor, 1 - weight)
+            if name in self._buffers:
+                self.state[name].copy_(tensor)
             else:
-                average.copy_(tensor)
+                self.state[name].lerp_(tensor, 1 - weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -12,35 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipelines.errors import FigmentError
+from pipelines.training.collectives import average_gradients
 
 
 class NonFiniteError(FigmentError):
-    """A loss or gradient is NaN or infinite: nothing was updated in this step."""
-
-
-def average_over_workers(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over the workers, in one collective per dtype; all workers end bit-equal."""
-    world_size = dist.get_world_size()
-    for dtype in {t.dtype: None for t in tensors}:
-        group = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in group])
-        dist.all_reduce(flat)
-        flat /= world_size
-        for t, mean in zip(group, flat.split([t.numel() for t in group]), strict=True):
-            t.copy_(mean.view_as(t))
-
-
-def broadcast_from_first(networks: Mapping[str, nn.Module]) -> None:
-    """All workers start from the first one's weights and buffers."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for network in networks.values():
-            for tensor in network.state_dict().values():
-                dist.broadcast(tensor, src=0)
+    """A loss or gradient is NaN or infinite. The optimiser that met it has not updated anything; another one of the
+    same step (a GAN's discriminator's, before the generator's) may have. The last checkpoint is from before it."""
 
 
 def guard_optimizers(
@@ -55,10 +36,10 @@ def guard_optimizers(
 
     def attach(optimizer_name: str, optimizer: Optimizer) -> None:
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            average_gradients(parameters)
+            parameters = [p for p in parameters if p.grad is not None]
             gradients = [p.grad for p in parameters if p.grad is not None]
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                average_over_workers(gradients)
             norm = nn.utils.get_total_norm(gradients)
             if not torch.isfinite(norm):
                 raise _non_finite([(names[p], p.grad) for p in parameters], optimizer_name, where())

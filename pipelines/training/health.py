@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from models.contract import Diagnoses, Learner
-from models.metrics.diversity import diversity_index, pixel_features
+from models.metrics.diversity import diversity_index, mean_pairwise_distance, pixel_features
 from pipelines.training.gradients import NonFiniteError
 
 COLLAPSED_BELOW = 0.35
@@ -37,9 +37,13 @@ class Health:
         sentences = learner.diagnose(metrics) if isinstance(learner, Diagnoses) else []
         return self._turned("metrics", sentences, images_seen)
 
-    def check_samples(self, samples: Tensor, real: Tensor, images_seen: int) -> tuple[float, list[str]]:
-        """(diversity of the samples relative to real images, new sentences). uint8 (N, C, H, W) both."""
-        ratio = diversity_index(pixel_features(samples), pixel_features(real))
+    def check_samples(self, samples: Tensor, real: Tensor, images_seen: int) -> tuple[float | None, list[str]]:
+        """(diversity of the samples relative to real images, new sentences). uint8 (N, C, H, W) both. None where it has
+        no scale: fewer than two images, or real ones that are all alike."""
+        features = pixel_features(real)
+        if len(real) < 2 or mean_pairwise_distance(features) == 0.0:
+            return None, []
+        ratio = diversity_index(pixel_features(samples), features)
         sentence = (
             f"samples are only {ratio:.0%} as different from each other as real images: the model may be collapsing;"
             " look at the latest grid, and if they look alike lower the learning rate or go back a checkpoint"

@@ -111,6 +111,7 @@ class TrackedReporter(Reporter):
             total_images=spec.training.images,
             seed=spec.training.seed,
         )
+        self._real_from = f"{manifest.name}@{manifest.version}/{spec.data.eval_split}"
         self._real = self._real_images(device)
 
     def say(self, text: str) -> None:
@@ -142,7 +143,8 @@ class TrackedReporter(Reporter):
         if images_seen > 0:
             n = min(len(self._real), len(drawing.samples))
             diversity, sentences = health.check_samples(drawing.samples[:n], self._real[:n], images_seen)
-            self._run.metrics({"diversity": diversity}, images_seen)
+            if diversity is not None:
+                self._run.metrics({"diversity": diversity}, images_seen)
             self._warn(sentences)
 
     def finish(self, loop: TrainingLoop, figures: Mapping[str, float]) -> Outcome:
@@ -151,7 +153,7 @@ class TrackedReporter(Reporter):
         seconds = time.perf_counter() - self._started
         self._say("training ends; measuring and drawing…")
         with loop.averaged_weights(), torch.no_grad():
-            of_samples, protocol = sample_figures(loop.learner, self._real, spec.training.seed)
+            of_samples, protocol = sample_figures(loop.learner, self._real, self._real_from, spec.training.seed)
             final = {**figures, **of_samples}
             pictures = self._gallery.draw(loop.learner, seen, self._real).pictures
             weights = save_safetensors(network_tensors(loop.learner.networks()))
@@ -163,6 +165,7 @@ class TrackedReporter(Reporter):
         ]
         animation = animate(frames)
         files |= {"training.mp4": animation.mp4, "training.gif": animation.gif}
+        launch.check_owner()
         for name, data in files.items():
             write_object(launch.fs, f"{launch.folder}/{name}", data)
             self._run.artifact(data, f"final/{name}")
@@ -212,7 +215,7 @@ class TrackedReporter(Reporter):
             self._say(f"  ! {sentence}")
 
     def _real_images(self, device: torch.device) -> Tensor:
-        """uint8 (N, C, H, W): the first held-out images in stored order, at most `REAL_IMAGES`."""
+        """uint8 (N, C, H, W): the first images of the evaluation split in stored order, at most `REAL_IMAGES`."""
         data = evaluation_batches(
             self._launch.fs,
             self._launch.manifest,

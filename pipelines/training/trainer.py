@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import threading
+import os
+import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -18,16 +19,22 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 import models
 from models.contract import ImageShape
 from pipelines.config import RunSpec
-from pipelines.data.manifest import load_manifest
+from pipelines.data.manifest import Manifest
 from pipelines.errors import FigmentError
-from pipelines.objects import exists, read_json, write_json
-from pipelines.tracking import Tracking, send_outbox
+from pipelines.evaluation.figures import check_measurable
+from pipelines.lease import ConditionalStore, hold
+from pipelines.objects import remove_folder
+from pipelines.tracking import Status, Tracking, end_run, send_outbox
 from pipelines.training.allocator import keep_freed_memory
+from pipelines.training.claim import claim, data_of, finished
+from pipelines.training.line import following, open_line, speaker, spoken_warnings, tell_error, told_error
 from pipelines.training.reporter import Outcome, Reporter, TrackedReporter
-from pipelines.training.worker import Launch, Place, TrainingLoop
+from pipelines.training.worker import Launch, Place, TakenOverError, TrainingLoop
 
 DATA_CPUS = 1.0
 """Logical CPUs that the data tasks of a run want beside the workers'."""
+
+END_S = 20.0  # for telling the tracking server that a run has ended otherwise than well
 
 
 def launch(
@@ -38,78 +45,102 @@ def launch(
     tracking: Tracking | None,
     tags: Mapping[str, str],
     say: Callable[[str], None],
+    leases: ConditionalStore | None = None,
 ) -> Outcome:
     """Train `spec` as the run `name` on the connected Ray cluster, from its newest checkpoint when it has one.
 
-    `FigmentError` when the spec, the data set, the cluster or an earlier run of the same name does not fit.
+    `leases` is the storage of `fs` for conditional writes: one launch at a time owns the run. Without it nothing keeps
+    a second one out. `FigmentError` when the spec, the data set, the cluster or an earlier run of the same name does
+    not fit, or while another launch of the run lives.
     """
     spec.check()
-    manifest = load_manifest(fs, spec.data.dataset)
-    for split in (spec.data.split, spec.data.eval_split):
-        manifest.shards(split)
-    try:
-        models.build(spec.model, ImageShape(*manifest.image_shape))
-    except ValueError as error:
-        raise FigmentError(f"the model cannot be built for the images of {spec.data.dataset!r}: {error}") from error
-    run = Launch(name, spec, fs, manifest)
-    finished = _claim(run)
-    if finished is not None:
-        if tracking is not None:  # what an unreachable server has not seen yet
-            send_outbox(tracking, (fs, f"{run.folder}/tracking-outbox"))
-        say(f"run {name!r} is complete at {finished.images_seen:,} images; choose another --name to train anew")
-        return finished
-    use_gpu = _check_cluster(spec)
+    outcome = finished(fs, name, spec)
+    if outcome is None:
+        manifest = data_of(fs, name, spec, say)
+        _check_fits(spec, manifest)
+        use_gpu = _check_cluster(spec)
+        with _owned(leases, name, say) as fence:
+            outcome = finished(fs, name, spec)  # another launch may have ended while this one waited
+            if outcome is None:
+                claim(fs, name, spec, manifest)
+                return _train(Launch(name, spec, fs, manifest, fence), use_gpu, tracking, tags, say)
+    if tracking is not None:  # what an unreachable server has not seen yet
+        send_outbox(tracking, (fs, f"{outcome.folder}/tracking-outbox"))
+    say(f"run {name!r} is complete at {outcome.images_seen:,} images; choose another --name to train anew")
+    return outcome
+
+
+def _train(
+    run: Launch, use_gpu: bool, tracking: Tracking | None, tags: Mapping[str, str], say: Callable[[str], None]
+) -> Outcome:
     _describe(run, use_gpu, say)
-    line = Line.options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    attempt = uuid.uuid4().hex
+    line, cluster = open_line(), run.spec.cluster
+    records = f"{run.folder}/ray-train"  # Ray Train's own, of use to nobody once it has returned; ours are in the run
+    remove_folder(run.fs, records)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"run": run, "tracking": tracking, "tags": dict(tags), "line": line, "attempt": attempt},
+        train_loop_config={"run": run, "tracking": tracking, "tags": dict(tags), "line": line},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=spec.cluster.workers,
+            num_workers=cluster.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": spec.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=f"{name}-{attempt[:8]}",  # Ray's own records, one folder a launch; ours are in the run's folder
-            storage_path="ray-train",
-            storage_filesystem=fs,
-            failure_config=ray.train.FailureConfig(max_failures=spec.cluster.max_failures),
+            name=f"{run.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=records,
+            storage_filesystem=run.fs,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    with _following(line, say):
-        result = trainer.fit()
-    answer = result.return_value
-    if "error" in answer:
-        raise FigmentError(answer["error"])
+    try:
+        try:
+            with following(line, say):
+                answer = trainer.fit().return_value
+        finally:
+            error = told_error(line)
+            if error is not None:
+                raise error
+    except BaseException as error:
+        # A worker that was lost, or is not the first, could not say it; of a run taken over the new owner speaks.
+        if tracking is not None and not isinstance(error, TakenOverError):
+            ended: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            end_run(tracking, (run.fs, f"{run.folder}/tracking-outbox"), ended, f"stopped: {reason}", END_S)
+        raise
+    remove_folder(run.fs, records)
     return Outcome(**answer)
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker. Returns the outcome, or the user error that a worker of this launch met: such an error
-    would only repeat itself, so the restart that Ray Train makes after it ends at once instead of training again."""
+    """One Ray Train worker. An error that would only repeat itself (the user's, or a storage that was waited for long
+    enough) is told through the line, so the restart that Ray Train makes ends at once instead of training again."""
     run: Launch = config["run"]
-    error_path = f"{run.folder}/errors/{config['attempt']}.json"
-    if exists(run.fs, error_path):
-        return {"error": read_json(run.fs, error_path)["error"]}
+    line = config["line"]
+    if told_error(line) is not None:
+        return {}
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), get_device())
     if run.spec.cluster.threads_per_worker:
         torch.set_num_threads(run.spec.cluster.threads_per_worker)
     if place.device.type == "cpu":
         keep_freed_memory()
-    say = _speaker(config["line"])
+    elif run.spec.training.deterministic:
+        _choose_deterministic_algorithms()
+    say = speaker(line)
     reporter: Reporter = Reporter()
-    if place.rank == 0:
-        reporter = TrackedReporter(run, place.device, config["tracking"], config["tags"], say)
+    first = place.rank == 0
     try:
-        loop = TrainingLoop(run, place, reporter)
-        figures = loop.run()
-        outcome = reporter.finish(loop, figures)
-    except FigmentError as error:
-        write_json(run.fs, error_path, {"error": str(error)})
-        reporter.fail(str(error))
+        with spoken_warnings(say) if first else nullcontext():
+            if first:
+                reporter = TrackedReporter(run, place.device, config["tracking"], config["tags"], say)
+            loop = TrainingLoop(run, place, reporter)
+            figures = loop.run()
+            outcome = reporter.finish(loop, figures)
+    except (FigmentError, OSError) as error:
+        tell_error(line, error)
+        if not isinstance(error, TakenOverError):
+            reporter.fail(str(error))
         raise
     except BaseException as error:
         reporter.interrupt(f"{type(error).__name__}: {error}")
@@ -117,37 +148,34 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     return asdict(outcome) if outcome is not None else {}
 
 
-def _claim(run: Launch) -> Outcome | None:
-    """Tie the run's name to its spec; the outcome when the run is already complete."""
-    path = f"{run.folder}/run.json"
-    dataset = f"{run.manifest.name}@{run.manifest.version}"
-    if exists(run.fs, path):
-        known = read_json(run.fs, path)
-        if known["identity"] != run.spec.identity or known["dataset"] != dataset:
-            differences = _differences(known["spec"], run.spec.to_dict())
-            if known["dataset"] != dataset:
-                differences.append(f"data set version {known['dataset']} -> {dataset}")
-            raise FigmentError(
-                f"run {run.name!r} exists with other settings ({'; '.join(differences)});"
-                " repeat its command to go on with it, or choose another --name"
-            )
-        outcome_path = f"{run.folder}/outcome.json"
-        if exists(run.fs, outcome_path):
-            outcome = Outcome(**read_json(run.fs, outcome_path))
-            if outcome.images_seen >= run.spec.training.images:
-                return outcome
-    write_json(run.fs, path, {"identity": run.spec.identity, "dataset": dataset, "spec": run.spec.to_dict()})
-    return None
+def _choose_deterministic_algorithms() -> None:
+    """The same bits from the same numbers on the same kind of GPU, but for operations that have no such algorithm: of
+    these torch warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            d
-            for key in sorted(old.keys() | new.keys())
-            for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if old == new else [f"{prefix} {old} -> {new}"]
+@contextmanager
+def _owned(leases: ConditionalStore | None, name: str, say: Callable[[str], None]) -> Iterator[int]:
+    """Inside, no other launch trains this run; the number of this one among all that ever owned it."""
+    if leases is None:
+        yield 0
+        return
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with hold(leases, f"runs/{name}/lease.json", holder, say=say) as lease:
+        yield lease.fence
+
+
+def _check_fits(spec: RunSpec, manifest: Manifest) -> None:
+    """`FigmentError` for what else would only be found at the end of the run or at its first picture."""
+    for split in (spec.data.split, spec.data.eval_split):
+        manifest.shards(split)
+    try:
+        models.build(spec.model, ImageShape(*manifest.image_shape))
+    except ValueError as error:
+        raise FigmentError(f"the model cannot be built for the images of {spec.data.dataset!r}: {error}") from error
+    check_measurable(manifest.image_shape, manifest.rows(spec.data.eval_split), spec.data.eval_split)
 
 
 def _check_cluster(spec: RunSpec) -> bool:
@@ -175,54 +203,6 @@ def _describe(run: Launch, use_gpu: bool, say: Callable[[str], None]) -> None:
     workers = f"{run.spec.cluster.workers} worker(s) on {'GPU (nccl)' if use_gpu else 'CPU (gloo)'}"
     say(f"run {run.name}: {training.images:,} images in batches of {training.batch_size}, seed {training.seed}")
     say(f"data {manifest.name}@{manifest.version}: {manifest.rows(split):,} images {shape}, split {split!r}")
+    if run.spec.data.eval_split == split:
+        say(f"  ! no image is held out: samples are compared with training images (split {split!r})")
     say(f"{workers}; starting…")
-
-
-@ray.remote
-class Line:
-    """Carries lines from the first worker to the job's own output; workers' stdout would come with Ray's prefixes."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def put(self, line: str) -> None:
-        self._lines.append(line)
-
-    def take(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return lines
-
-
-def _speaker(line: Any) -> Callable[[str], None]:
-    def say(text: str) -> None:
-        line.put.remote(text)  # fire and forget: speaking never waits
-
-    return say
-
-
-class _following:
-    """Inside, lines that workers speak appear through `say`; all that were spoken have appeared when it ends."""
-
-    def __init__(self, line: Any, say: Callable[[str], None]) -> None:
-        self._line, self._say = line, say
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="figment-line", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        last = False
-        while not last:
-            last = self._stop.wait(0.5)
-            try:
-                lines = ray.get(self._line.take.remote())
-            except ray.exceptions.RayError as error:
-                logging.getLogger(__name__).warning("the run's live line was lost: %s", error)
-                return
-            for text in lines:
-                self._say(text)

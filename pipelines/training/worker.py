@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pyarrow import fs as pafs
 from torch import Generator, Tensor
 
@@ -22,18 +21,14 @@ from pipelines.config import RunSpec
 from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
-from pipelines.training.checkpoint import (
-    Bundle,
-    TrainingState,
-    bundle_path,
-    newest_bundle,
-    prune_bundles,
-    restore,
-    save_bundle,
-)
+from pipelines.errors import FigmentError
+from pipelines.lease import current_fence
+from pipelines.training.checkpoint import Bundle, TrainingState, restore, save_bundle
+from pipelines.training.collectives import average_over_workers, broadcast_from_first, gather
 from pipelines.training.ema import Ema
-from pipelines.training.gradients import average_over_workers, broadcast_from_first, guard_optimizers
+from pipelines.training.gradients import guard_optimizers
 from pipelines.training.health import Health
+from pipelines.training.history import Found, bundle_path, newest_bundle, prune_bundles
 from pipelines.training.reporter import Reporter
 
 
@@ -46,6 +41,10 @@ class Place:
     device: torch.device
 
 
+class TakenOverError(FigmentError):
+    """Another launch owns the run: what there is to say about it is for that one to say."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """What a run needs, as values that travel to the workers."""
@@ -54,10 +53,24 @@ class Launch:
     spec: RunSpec
     fs: pafs.FileSystem
     manifest: Manifest
+    fence: int = 0
+    """The number of this launch among those that owned the run; 0: nobody else can (a test)."""
 
     @property
     def folder(self) -> str:
         return f"runs/{self.name}"
+
+    @property
+    def lease(self) -> str:
+        return f"{self.folder}/lease.json"
+
+    def check_owner(self) -> None:
+        """`TakenOverError` when a later launch owns the run: this one has been given up for dead and must not go on."""
+        if self.fence and current_fence(self.fs, self.lease) != self.fence:
+            raise TakenOverError(
+                f"run {self.name!r} was taken over by another launch while this one did not answer: this one ends, and"
+                " the other goes on from the last checkpoint"
+            )
 
 
 class TrainingLoop:
@@ -76,25 +89,38 @@ class TrainingLoop:
             optimizer.load_state_dict(optimizer.state_dict())  # moves state made at construction (Adagrad) along
         broadcast_from_first(networks)
         ema = Ema(networks, training.ema_half_life) if training.ema_half_life else None
-        torch.manual_seed(self._seed("torch", place.rank))
-        generator = Generator(place.device).manual_seed(self._seed("step", place.rank))
-        self.state = TrainingState(self.learner, ema, generator)
+        self.state = TrainingState(self.learner, ema, Generator(place.device))
         self.step, self.images_seen, self.cursor = 0, 0, Cursor.start(place.world_size)
-        bundle = newest_bundle(launch.fs, launch.folder)
-        if bundle is not None:
-            restore(launch.fs, bundle, self.state, place.rank)
-            self.step, self.images_seen = bundle.step, bundle.images_seen
-            data = self.spec.data
-            plan = training_plan(launch.manifest, data.split, seed=training.seed, shuffle_shards=data.shuffle_shards)
-            self.cursor = bundle.cursor.resize(plan, place.world_size)
-            reporter.say(f"resumed from {bundle.path} at {bundle.images_seen:,} images")
+        self._seed_randomness()
+        found, damaged = newest_bundle(launch.fs, launch.folder, place.rank)
+        for sentence in damaged:
+            reporter.say(f"  ! {sentence}")
+        if found is not None:
+            self._resume(found)
         guard_optimizers(networks, optimizers, grad_clip=training.grad_clip, where=self._where)
         if training.compile:
             for network in networks.values():
                 network.compile()
         self.health = Health(training.images)
         self.images_per_s = 0.0
-        self.checkpoint_path = "" if bundle is None else bundle.path
+        self.checkpoint_path = "" if found is None else found.bundle.path
+
+    def _resume(self, found: Found) -> None:
+        bundle = found.bundle
+        self.step, self.images_seen = bundle.step, bundle.images_seen
+        changed = restore(bundle, found.payloads, self.state, self.place.rank)
+        if changed:
+            self._seed_randomness()
+        if bundle.cursor.world_size != self.place.world_size:
+            changed = f"{self.place.world_size} worker(s) go on instead of {bundle.cursor.world_size}"
+        data = self.spec.data
+        plan = training_plan(
+            self.launch.manifest, data.split, seed=self.spec.training.seed, shuffle_shards=data.shuffle_shards
+        )
+        self.cursor = bundle.cursor.resize(plan, self.place.world_size)
+        self.reporter.say(f"resumed from {bundle.path} at {bundle.images_seen:,} images")
+        if changed:
+            self.reporter.say(f"  ! {changed}: from here on the numbers differ in their last bits or in their noise")
 
     def run(self) -> dict[str, float]:
         """Train to the end; the figures of the last evaluation (empty when the model has none)."""
@@ -124,7 +150,7 @@ class TrainingLoop:
                     before = self.images_seen
                     meter.add(self._train_on(images, labels))
                     if self._due(training.log_every, before):
-                        metrics = meter.read(self.images_seen, batches.stall_seconds, self.place.world_size)
+                        metrics = meter.read(self.images_seen, batches.stall_seconds)
                         sentences = self.health.check_metrics(self.learner, metrics, self.images_seen)
                         reporter.metrics(metrics, self.images_seen, training.images, sentences)
                     if self._due(training.evaluate_every, before) and self.images_seen < training.images:
@@ -139,7 +165,10 @@ class TrainingLoop:
         """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,)."""
         training, device = self.spec.training, self.place.device
         batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+        # No cache of cast weights: it would live as long as the block, and a second forward pass of a step (a critic's
+        # second update) would use the weights from before the first.
+        mixed = training.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
             metrics = self.learner.step(batch, self.state.generator)
         self.step += 1
         self.images_seen += training.batch_size
@@ -170,18 +199,18 @@ class TrainingLoop:
                 for name, values in self.learner.evaluate(batch, generator).items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
                 count += len(images)
-        parts: list[tuple[dict[str, float], int]] = [(sums, count)]
-        if self.place.world_size > 1:
-            parts = [({}, 0)] * self.place.world_size
-            dist.all_gather_object(parts, (sums, count))
+        parts = gather((sums, count))  # a worker may have had no image
         total = sum(n for _, n in parts)
-        return {name: sum(s[name] for s, n in parts if n) / total for name in parts[0][0]}
+        names = {name: None for part, _ in parts for name in part}
+        return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in names}
 
     def save(self) -> None:
         """One bundle; called by every worker at the same step."""
-        launch, training = self.launch, self.spec.training
+        launch, training, rank = self.launch, self.spec.training, self.place.rank
+        if rank == 0:
+            launch.check_owner()
         bundle = Bundle(
-            path=bundle_path(launch.folder, self.images_seen),
+            path=bundle_path(launch.folder, self.images_seen, launch.fence),
             spec=self.spec,
             images_seen=self.images_seen,
             step=self.step,
@@ -191,18 +220,14 @@ class TrainingLoop:
             files={},
         )
         self.checkpoint_path = bundle.path
-        save_bundle(launch.fs, bundle, self.state, self.place.rank, self.barrier)
-        if self.place.rank == 0:
-            prune_bundles(launch.fs, launch.folder, training.keep_checkpoints)
+        save_bundle(launch.fs, bundle, self.state, rank)
+        if rank == 0:
+            prune_bundles(launch.fs, launch.folder, training.keep_checkpoints, launch.fence)
             self.reporter.checkpoint(bundle.path)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks carry their moving average when the run keeps one."""
         return nullcontext() if self.state.ema is None else self.state.ema.swapped_in()
-
-    def barrier(self) -> None:
-        if self.place.world_size > 1:
-            dist.barrier()
 
     def _draw(self, before: int) -> None:
         if self.place.rank == 0 and self.reporter.picture_due(before, self.images_seen):
@@ -217,6 +242,12 @@ class TrainingLoop:
 
     def _where(self) -> str:
         return f"step {self.step + 1} ({self.images_seen:,} images seen)"
+
+    def _seed_randomness(self) -> None:
+        """This worker's own noise from here on; after a resume without the old states, none that was drawn before."""
+        at = f" {self.images_seen}" if self.images_seen else ""
+        torch.manual_seed(self._seed(f"torch{at}", self.place.rank))
+        self.state.generator.manual_seed(self._seed(f"step{at}", self.place.rank))
 
     def _seed(self, purpose: str, rank: int) -> int:
         return derived_seed(self.spec.training.seed, purpose, rank)
@@ -236,13 +267,12 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._steps += 1
 
-    def read(self, images_seen: int, stall_seconds: float, world_size: int) -> dict[str, float]:
+    def read(self, images_seen: int, stall_seconds: float) -> dict[str, float]:
         """Averages over the interval and over the workers; `images_per_s` and `data_stall` (share of the time that
         this worker waited for data) of this worker's interval. Starts the next interval."""
         names = list(self._sums)
         values = torch.stack([self._sums[name].float() for name in names]) / self._steps
-        if world_size > 1:
-            average_over_workers([values])
+        average_over_workers([values])
         means = dict(zip(names, values.tolist(), strict=True))
         now = time.perf_counter()
         elapsed = max(now - self._time, 1e-9)

@@ -55,9 +55,13 @@ def test_swapped_in_shows_the_average_and_gives_the_weights_back_to_the_bit() ->
     torch.testing.assert_close(ema.state["net.weight"], torch.tensor([[0.1]]))
 
 
-def test_counters_are_copied_not_averaged() -> None:
+def test_buffers_are_copied_not_averaged() -> None:
     norm = nn.BatchNorm1d(2)
     ema = Ema({"norm": norm}, half_life=100)
-    norm(torch.randn(4, 2))
-    ema.update(images=4, images_seen=10_000)
+    norm(torch.randn(4, 2) + 5)
+    nn.init.constant_(norm.weight, 3.0)
+    ema.update(images=100, images_seen=10_000)
+    assert norm.running_mean is not None and norm.running_mean.abs().min() > 0.1
+    assert torch.equal(ema.state["norm.running_mean"], norm.running_mean)
     assert ema.state["norm.num_batches_tracked"] == 1
+    torch.testing.assert_close(ema.state["norm.weight"], torch.full((2,), 2.0))  # half of 1, half of 3

@@ -1,4 +1,5 @@
-"""Gradients between `backward()` and `step()`: averaging over real processes, the finite check, clipping."""
+"""Gradients between `backward()` and `step()`: averaging over real processes, the finite check, clipping; and what else
+workers do together."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 import models
 from models.contract import Batch, ImageShape
 from models.vae import vae
-from pipelines.training.gradients import NonFiniteError, average_over_workers, broadcast_from_first, guard_optimizers
+from pipelines.training.collectives import average_over_workers, broadcast_from_first, from_first, gather
+from pipelines.training.gradients import NonFiniteError, guard_optimizers
+from pipelines.training.worker import Meter
 
 SHAPE = ImageShape(1, 6, 6)
 
@@ -100,6 +103,60 @@ def test_average_over_workers_is_the_mean_per_tensor_and_keeps_shapes_and_dtypes
     assert torch.equal(a, torch.full((2, 2), 0.5))
     assert torch.equal(b, torch.tensor([1.5, 7.5]))
     assert torch.equal(c, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def _branches(rank: int, world: int, folder: str) -> None:
+    """Three weights of 1: the first has the gradient 2 on both workers, the second 6 on the second worker alone, the
+    third on none."""
+    _join(rank, world, f"{folder}/meeting")
+    net = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in ("both", "one", "none")})
+    adam = torch.optim.Adam(net.parameters(), lr=0.1)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.5, weight_decay=0.1)
+    guard_optimizers({"net": net}, {"adam": adam, "sgd": sgd}, grad_clip=None, where=lambda: "step 1")
+    loss = 2 * net["both"].sum() + (6 * net["one"].sum() if rank == 1 else 0)
+    loss.backward()
+    sgd.step()
+    after_one = {name: p.detach().clone() for name, p in net.items()}
+    for _ in range(3):
+        for p in net.values():
+            p.grad = None
+        (2 * net["both"].sum() + (6 * net["one"].sum() if rank == 1 else 0)).backward()
+        adam.step()
+    torch.save((after_one, {name: p.detach() for name, p in net.items()}), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_gradient_that_some_workers_lack_counts_as_zero_there_and_one_that_all_lack_leaves_the_weight(
+    tmp_path: Path,
+) -> None:
+    mp.spawn(_branches, (2, str(tmp_path)), nprocs=2)
+    (first, later), (second, later_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    decay = 0.1
+    torch.testing.assert_close(first["both"], torch.full((2,), 1 - 0.5 * (2 + decay)))
+    torch.testing.assert_close(first["one"], torch.full((2,), 1 - 0.5 * (3 + decay)))  # the mean of 0 and 6
+    assert torch.equal(first["none"], torch.ones(2)), "left alone: not even its weight decays"
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+        assert torch.equal(later[name], later_second[name]), name
+    assert not torch.equal(later["one"], first["one"])
+
+
+def _together(rank: int, world: int, folder: str) -> None:
+    _join(rank, world, f"{folder}/meeting")
+    meter = Meter(0)
+    meter.add({"loss": torch.tensor(1.0 + 2 * rank)})
+    meter.add({"loss": torch.tensor(3.0 + 4 * rank)})
+    torch.save((gather({"rank": rank}), from_first(f"of {rank}"), meter.read(20, 0.0)["loss"]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_workers_see_each_others_values_and_log_their_common_mean(tmp_path: Path) -> None:
+    mp.spawn(_together, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        everyone, from_the_first, loss = torch.load(tmp_path / f"{rank}.pt")
+        assert everyone == [{"rank": 0}, {"rank": 1}]
+        assert from_the_first == "of 0"
+        assert loss == pytest.approx((1 + 3 + 3 + 7) / 4)
 
 
 @pytest.fixture

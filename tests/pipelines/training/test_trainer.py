@@ -9,15 +9,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from pyarrow import fs as pafs
 
+from infra.conditional import open_conditional
+from pipelines.data.plan import Cursor, rank_segments, training_plan
 from pipelines.errors import FigmentError
-from pipelines.objects import children, exists, read_object
-from pipelines.training.checkpoint import newest_bundle
+from pipelines.lease import LeaseHeldError, hold
+from pipelines.objects import children, exists, read_object, write_object
+from pipelines.tracking import Tracking
+from pipelines.training.history import newest_bundle
 from pipelines.training.trainer import launch
 from tests.pipelines.training.toys import DATASET, toy_dataset, toy_spec
 
@@ -58,10 +64,15 @@ def _wait_for(what: str, happened: Callable[[], bool], log: Path, seconds: float
         time.sleep(0.05)
 
 
-def _images_seen(fs: pafs.FileSystem, run: str) -> int:
+def _checkpoints(fs: pafs.FileSystem, run: str) -> dict[int, str]:
+    """Images seen -> folder of the valid checkpoint."""
     root = f"runs/{run}/checkpoints"
-    done = [int(name) for name in children(fs, root) if exists(fs, f"{root}/{name}/bundle.json")]
-    return max(done, default=0)
+    valid = [name for name in children(fs, root) if exists(fs, f"{root}/{name}/bundle.json")]
+    return {int(name.partition("-")[0]): f"{root}/{name}" for name in valid}
+
+
+def _images_seen(fs: pafs.FileSystem, run: str) -> int:
+    return max(_checkpoints(fs, run), default=0)
 
 
 def _workers() -> list[psutil.Process]:
@@ -103,7 +114,7 @@ def test_a_run_whose_worker_and_then_driver_are_killed_equals_an_uninterrupted_o
     assert again.wait(timeout=300) == 0, log.read_text()
     assert "resumed from runs/killed/checkpoints/" in log.read_text()
     for name in ("networks.safetensors", "ema.safetensors"):
-        files = [read_object(fs, f"runs/{run}/checkpoints/{6000:012d}/{name}") for run in ("whole", "killed")]
+        files = [read_object(fs, f"{_checkpoints(fs, run)[6000]}/{name}") for run in ("whole", "killed")]
         assert files[0] == files[1], name
 
     repeated = _start(_train_command("killed", tmp_path), ray_cluster, tmp_path / "repeated")
@@ -113,6 +124,12 @@ def test_a_run_whose_worker_and_then_driver_are_killed_equals_an_uninterrupted_o
     other = _start(_train_command("killed", tmp_path, "--training.seed", "7"), ray_cluster, tmp_path / "other")
     assert other.wait(timeout=120) == 2
     assert "training.seed 0 -> 7" in (tmp_path / "other").read_text()
+
+    for run in ("whole", "killed"):
+        assert set(children(fs, f"runs/{run}")) <= {
+            *("run.json", "lease.json", "outcome.json", "checkpoints", "frames"),
+            *("samples.png", "training.mp4", "training.gif"),
+        }, "nothing of Ray's own stays"
 
 
 def test_a_run_goes_on_with_another_number_of_workers(store: pafs.FileSystem) -> None:
@@ -124,17 +141,90 @@ def test_a_run_goes_on_with_another_number_of_workers(store: pafs.FileSystem) ->
         )
     assert outcome.images_seen == 240
     assert any("resumed from runs/n/checkpoints/000000000120" in line for line in said)
-    bundle = newest_bundle(store, "runs/n")
-    assert bundle is not None and bundle.cursor.world_size == 1
+    assert any("1 worker(s) go on instead of 2: from here on" in line for line in said)
+    found, _ = newest_bundle(store, "runs/n")
+    assert found is not None and found.bundle.cursor.world_size == 1
 
 
 def test_numbers_that_are_not_finite_end_the_run_in_one_sentence(store: pafs.FileSystem) -> None:
     toy_dataset(store)
     spec = toy_spec("vae", workers=2)
     wild = replace(spec, model=replace(spec.model, learning_rate=1e38))
+    said: list[str] = []
     with pytest.raises(FigmentError, match=r"step \d+ \(\d+ images seen\): the gradient of \w+\..* before the update"):
-        launch(wild, store, name="wild", tracking=None, tags={}, say=lambda line: None)
-    assert len(children(store, "runs/wild/errors")) == 1, "one attempt met the error; the restart must not train again"
+        launch(wild, store, name="wild", tracking=None, tags={}, say=said.append)
+    stopped = [line for line in said if line.startswith("stopped: ")]
+    assert len(stopped) == 1, f"one attempt met the error; the restart must not train again: {said}"
+
+
+def test_an_error_of_a_later_worker_ends_the_run_in_one_sentence_and_the_tracking_server_hears_of_it(
+    store: pafs.FileSystem, mlflow_server: str
+) -> None:
+    """The shard that only the second worker reads is damaged: the first, which tracks, waits for it in a collective."""
+    manifest = toy_dataset(store)
+    spec = toy_spec("vae", workers=2)
+    plan = training_plan(manifest, "train", seed=spec.training.seed, shuffle_shards=spec.data.shuffle_shards)
+    of_first, of_second = (
+        {
+            s
+            for segment in islice(rank_segments(plan, Cursor.start(2), rank), 1)
+            for w, *_ in plan.cover(segment)
+            for s in w.shards
+        }
+        for rank in range(2)
+    )
+    (only_second,) = of_second - of_first
+    shard = manifest.shards("train")[only_second]
+    write_object(store, f"{manifest.root}/{shard.path}", bytes(shard.bytes))
+    tracking = Tracking(mlflow_server, "later-worker")
+    said: list[str] = []
+    with pytest.raises(FigmentError, match=rf"shard .*{shard.path}.* is damaged"):
+        launch(spec, store, name="later", tracking=tracking, tags={}, say=said.append)
+    (run,) = _tracked(tracking)
+    assert run.info.status == "FAILED"
+    assert f"{shard.path}" in run.data.tags["mlflow.note.content"]
+    assert sum("starting" in line or "resumed" in line for line in said) == 1, "the restart must not train again"
+
+
+def test_damaged_held_out_images_end_the_run_at_once_and_the_tracking_server_hears_of_it(
+    store: pafs.FileSystem, mlflow_server: str
+) -> None:
+    manifest = toy_dataset(store)
+    shard = manifest.shards("test")[0]
+    write_object(store, f"{manifest.root}/{shard.path}", bytes(shard.bytes))
+    tracking = Tracking(mlflow_server, "held-out")
+    with pytest.raises(FigmentError, match=rf"shard .*{shard.path}.* is damaged"):
+        launch(toy_spec("vae"), store, name="held-out", tracking=tracking, tags={}, say=lambda line: None)
+    (run,) = _tracked(tracking)
+    assert run.info.status == "FAILED"
+
+
+def _tracked(tracking: Tracking) -> list[Any]:
+    client = tracking.client()
+    return client.search_runs([client.get_experiment_by_name(tracking.experiment).experiment_id])
+
+
+def test_a_run_that_another_launch_owns_is_refused_in_one_sentence(store: pafs.FileSystem, tmp_path: Path) -> None:
+    toy_dataset(store)
+    leases = open_conditional(str(tmp_path / "store"))
+    said: list[str] = []
+    with (
+        hold(leases, "runs/one/lease.json", "process 1 on the other node", ttl_s=1.5),
+        pytest.raises(LeaseHeldError, match=r"runs/one is in use by process 1 on the other node"),
+    ):
+        launch(toy_spec("vae"), store, name="one", tracking=None, tags={}, say=said.append, leases=leases)
+    assert children(store, "runs/one") == ["lease.json"]
+
+
+def test_figures_that_could_not_be_measured_at_the_end_are_refused_before_anything_starts(
+    store: pafs.FileSystem,
+) -> None:
+    for shape, test, words in [((1, 8, 8), 1, "split 'test' has 1 image"), ((1, 6, 6), 30, "6x6 are too small")]:
+        toy_dataset(store, shape, test=test)
+        with pytest.raises(FigmentError, match=words):
+            launch(toy_spec("vae"), store, name="early", tracking=None, tags={}, say=lambda line: None)
+        assert not exists(store, "runs/early")
+        store.delete_dir("datasets")
 
 
 def test_workers_that_the_cluster_can_never_place_are_refused_at_once(store: pafs.FileSystem) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +16,17 @@ from pyarrow import fs as pafs
 from safetensors.torch import load as load_safetensors
 
 from models import MODELS
-from models.contract import Batch, Evaluates
+from models.contract import Batch, Evaluates, Metrics
 from pipelines.config import RunSpec
 from pipelines.data.stream import evaluation_batches
 from pipelines.errors import FigmentError
-from pipelines.objects import exists, read_json, read_object
-from pipelines.training.checkpoint import newest_bundle
+from pipelines.objects import children, exists, read_json, read_object, write_json, write_object
+from pipelines.training import worker
+from pipelines.training.checkpoint import Bundle
 from pipelines.training.gradients import NonFiniteError
+from pipelines.training.history import newest_bundle
 from pipelines.training.reporter import Reporter, TrackedReporter
-from pipelines.training.worker import Launch, Place, TrainingLoop, derived_seed
+from pipelines.training.worker import Launch, Place, TakenOverError, TrainingLoop, derived_seed
 from tests.pipelines.training.toys import MODELS_IN_SMALL, toy_dataset, toy_spec
 
 HERE = Place(rank=0, world_size=1, device=torch.device("cpu"))
@@ -32,10 +38,15 @@ def _loop(fs: pafs.FileSystem, spec: RunSpec, name: str) -> TrainingLoop:
     return TrainingLoop(Launch(name, spec, fs, toy_dataset(fs)), HERE, Reporter())
 
 
+def _newest(fs: pafs.FileSystem, name: str) -> Bundle:
+    found, damaged = newest_bundle(fs, f"runs/{name}")
+    assert found is not None and not damaged
+    return found.bundle
+
+
 def _files(fs: pafs.FileSystem, name: str) -> dict[str, bytes]:
-    bundle = newest_bundle(fs, f"runs/{name}")
-    assert bundle is not None
-    return {file: read_object(fs, f"{bundle.path}/{file}") for file in [*bundle.files, "rank-00000.pt"]}
+    bundle = _newest(fs, name)
+    return {file: read_object(fs, f"{bundle.path}/{file}") for file in bundle.files}
 
 
 class Killed(Exception):
@@ -116,8 +127,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoi
     loop._train_on = poisoned  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"step 6 \(100 images seen\).*NaN"):
         loop.run()
-    bundle = newest_bundle(store, "runs/diverged")
-    assert bundle is not None and bundle.images_seen == 60
+    bundle = _newest(store, "diverged")
+    assert bundle.images_seen == 60
     weights = load_safetensors(read_object(store, f"{bundle.path}/networks.safetensors"))
     assert all(torch.isfinite(t).all() for t in weights.values())
 
@@ -137,6 +148,119 @@ def test_evaluation_is_the_mean_over_every_held_out_image(store: pafs.FileSystem
         assert got[name] == pytest.approx(float(value.double().mean()), rel=1e-6), name
 
 
+def test_evaluation_over_workers_is_the_mean_over_every_image_however_unevenly_they_share_them(
+    store: pafs.FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image and three workers: two of them have none, the first among them."""
+    for rows, world in ((43, 2), (1, 3), (2, 3)):
+        manifest = toy_dataset(store, test=rows)
+        parts: list[tuple[dict[str, float], int]] = []
+
+        def gather(own: tuple[dict[str, float], int], parts: list = parts) -> list:
+            return [*parts, own]
+
+        monkeypatch.setattr(worker, "gather", gather)
+        values: list[float] = []
+        for rank in reversed(range(world)):
+            place = Place(rank, world, torch.device("cpu"))
+            loop = TrainingLoop(Launch("v", toy_spec("vae"), store, manifest), place, Reporter())
+            share: list[float] = []
+            evaluate = loop.learner.evaluate  # type: ignore[attr-defined]
+
+            def kept(batch: Batch, generator: torch.Generator, share: list = share, evaluate: Any = evaluate) -> dict:
+                found = evaluate(batch, generator)
+                share.extend(found["elbo"].tolist())
+                return found
+
+            loop.learner.evaluate = kept  # type: ignore[attr-defined]
+            got = loop.evaluate()
+            values += share
+            parts.append(({"elbo": sum(share)} if share else {}, len(share)))
+        assert len(values) == rows
+        assert got["elbo"] == pytest.approx(sum(values) / rows, rel=1e-6)
+
+
+class TwiceCritic:
+    """Two updates of one weight in a step: the second must start from the weight that the first left."""
+
+    def __init__(self) -> None:
+        self.net = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.net.weight, 1.0)
+        self.sgd = torch.optim.SGD(self.net.parameters(), lr=1.0)
+
+    def step(self, batch: Batch, generator: torch.Generator) -> Metrics:
+        seen = []
+        for _ in range(2):
+            self.sgd.zero_grad()
+            score = self.net(torch.full((1, 1), 2.0)).sum()
+            seen.append(score.detach())
+            score.backward()
+            self.sgd.step()
+        return {"first": seen[0], "second": seen[1]}
+
+
+def test_a_second_forward_pass_of_a_step_in_bf16_uses_the_updated_weights(store: pafs.FileSystem) -> None:
+    spec = toy_spec("vae")
+    loop = _loop(store, replace(spec, training=replace(spec.training, precision="bf16")), "twice")
+    loop.learner = TwiceCritic()  # type: ignore[assignment]
+    loop.state = replace(loop.state, ema=None)
+    got = loop._train_on(np.zeros((20, 1, 8, 8), np.uint8), np.zeros(20, np.int64))
+    assert got["first"].dtype == torch.bfloat16, "the step runs under autocast"
+    assert (float(got["first"]), float(got["second"])) == (2.0, -2.0)  # w = 1, then w = 1 - 2
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_what_is_wrong_with_the_damaged_one(
+    store: pafs.FileSystem,
+) -> None:
+    spec = toy_spec("vae", images=120, checkpoint_every=60)
+    _loop(store, spec, "whole").run()
+    _loop(store, spec, "damaged").run()
+    write_object(store, f"{_newest(store, 'damaged').path}/rank-00000.pt", b"")
+    said: list[str] = []
+    again = TrainingLoop(Launch("damaged", spec, store, toy_dataset(store)), HERE, Saying(said))
+    assert again.images_seen == 60
+    assert any("000000000120" in line and "rank-00000.pt" in line and "damaged" in line for line in said)
+    again.run()
+    assert _files(store, "whole")["networks.safetensors"] == _files(store, "damaged")["networks.safetensors"]
+
+
+class Saying(Reporter):
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def say(self, text: str) -> None:
+        self._said.append(text)
+
+
+def test_a_run_resumed_on_another_kind_of_device_says_so_and_draws_new_noise(store: pafs.FileSystem) -> None:
+    spec = toy_spec("vae", images=60)
+    first = _loop(store, spec, "moved")
+    first.state = replace(first.state, generator=GpuLike())
+    first.save()
+    said: list[str] = []
+    moved = TrainingLoop(Launch("moved", spec, store, toy_dataset(store)), HERE, Saying(said))
+    assert any("another kind of device" in line and "from here on" in line for line in said)
+    assert moved.state.generator.initial_seed() == derived_seed(spec.training.seed, "step", 0)  # nothing was seen yet
+    moved.run()
+
+
+class GpuLike(torch.Generator):
+    """Its state has the size of a GPU's."""
+
+    def get_state(self) -> torch.Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+
+def test_a_launch_that_was_taken_over_writes_no_checkpoint(store: pafs.FileSystem) -> None:
+    launch = Launch("taken", toy_spec("vae", images=60), store, toy_dataset(store), fence=1)
+    loop = TrainingLoop(launch, HERE, Reporter())
+    record = {"fence": 2, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
+    write_json(store, launch.lease, record)
+    with pytest.raises(TakenOverError, match="'taken' was taken over by another launch"):
+        loop.run()
+    assert children(store, f"{launch.folder}/checkpoints") == []
+
+
 def test_a_finished_run_leaves_what_a_person_looks_at(store: pafs.FileSystem) -> None:
     spec = toy_spec("vae", images=120)
     launch = Launch("seen", spec, store, toy_dataset(store))
@@ -151,6 +275,44 @@ def test_a_finished_run_leaves_what_a_person_looks_at(store: pafs.FileSystem) ->
     assert {"elbo", "swd", "diversity"} <= outcome.figures.keys()
     assert read_json(store, "runs/seen/outcome.json")["images_seen"] == 120
     assert any("img/s" in line and "stall" in line and "ETA" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("shape", "train", "test", "figures"),
+    [
+        ((1, 64, 16), 30, 30, {"elbo", "swd", "diversity"}),  # a pyramid of the shorter side
+        ((1, 8, 8), 30, 2, {"elbo", "swd", "diversity"}),  # the fewest that can be compared
+        ((3, 7, 9), 30, 30, {"elbo", "swd", "diversity"}),  # as small as a patch
+    ],
+)
+def test_images_of_any_shape_and_few_held_out_ones_end_in_figures(
+    shape: tuple[int, int, int], train: int, test: int, figures: set[str], store: pafs.FileSystem
+) -> None:
+    launch = Launch("odd", toy_spec("vae", images=40), store, toy_dataset(store, shape, train, test))
+    reporter = TrackedReporter(launch, HERE.device, None, {}, lambda line: None)
+    loop = TrainingLoop(launch, HERE, reporter)
+    outcome = reporter.finish(loop, loop.run())
+    assert outcome.figures.keys() >= figures
+    assert all(np.isfinite(value) for value in outcome.figures.values())
+
+
+def test_what_a_kill_left_of_a_frame_does_not_end_up_in_the_animation(store: pafs.FileSystem) -> None:
+    launch = Launch("cut", toy_spec("vae", images=40), store, toy_dataset(store))
+    reporter = TrackedReporter(launch, HERE.device, None, {}, lambda line: None)
+    loop = TrainingLoop(launch, HERE, reporter)
+    figures = loop.run()
+    frames = f"{launch.folder}/frames"
+    cut_off = read_object(store, f"{frames}/{children(store, frames)[0]}")[:50]
+    killed = (
+        "import os, signal, sys\nfrom infra.storage import open_storage\nfrom pipelines.objects import write_object\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_object(open_storage(sys.argv[1]), sys.argv[2], bytes.fromhex(sys.argv[3]))\n"
+    )
+    where = [store.base_path, f"{frames}/000000000020.png", cut_off.hex()]
+    done = subprocess.run([sys.executable, "-c", killed, *where], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(store.get_file_info(pafs.FileSelector(frames))) == len(children(store, frames)) + 1, "it left something"
+    assert reporter.finish(loop, figures).images_seen == 40
 
 
 def test_a_spec_that_cannot_run_is_refused_in_one_sentence() -> None:
