@@ -8,16 +8,21 @@ workers as a value.
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import uuid
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs as pafs
 
+from infra.failures import StorageError, explain, no_bucket, redact, s3_endpoint
+from infra.patient import patient
+
+__all__ = ["StorageError", "explain", "redact", "s3_endpoint"]  # of `infra.failures`, for who opens a storage
+
 STORE_VARIABLE = "FIGMENT_STORE"
+PATIENCE_VARIABLE = "FIGMENT_STORAGE_PATIENCE_S"
+PATIENCE_S = 600.0
 
 # A closed port is refused at once; with back-off, four attempts end after about 5 s, and one that swallows packets
 # ends after about 20 s. More attempts would only make a typing error in the endpoint slower to see.
@@ -26,17 +31,28 @@ REQUEST_TIMEOUT_S = 30.0
 ATTEMPTS = 4
 
 
-class StorageError(Exception):
-    """One sentence that says what is wrong with the storage, where, and what to do. Never holds a secret."""
-
-
 def default_store() -> str | None:
     """The storage url of the environment, `FIGMENT_STORE`; None when it is not set."""
     return os.environ.get(STORE_VARIABLE) or None
 
 
-def open_storage(url: str) -> pafs.FileSystem:
+def default_patience_s() -> float:
+    """Seconds from the environment, `FIGMENT_STORAGE_PATIENCE_S`; ten minutes when it is not set."""
+    text = os.environ.get(PATIENCE_VARIABLE) or str(PATIENCE_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise StorageError(f"{PATIENCE_VARIABLE} is {text!r}: it must be a number of seconds, 0 or more")
+    return seconds
+
+
+def open_storage(url: str, patience_s: float | None = None) -> pafs.FileSystem:
     """A filesystem rooted at `url`: `s3://bucket/prefix`, `file:///folder`, or a plain folder (made when missing).
+
+    On S3 every later operation waits `patience_s` for a storage that fails (`infra.patient`; default: the
+    environment's). The first question is not patient: a wrong endpoint, key or bucket is seen at once.
 
     Raises `StorageError` when the bucket is not there, the endpoint cannot be reached or refuses the credentials, or
     the folder cannot be made.
@@ -44,7 +60,9 @@ def open_storage(url: str) -> pafs.FileSystem:
     parts = urlsplit(url)
     try:
         if parts.scheme == "s3":
-            return _open_bucket(url, parts.netloc, parts.path)
+            return _open_bucket(
+                url, parts.netloc, parts.path, default_patience_s() if patience_s is None else patience_s
+            )
         if parts.scheme in ("", "file"):
             folder = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,14 +112,14 @@ def check_storage(fs: pafs.FileSystem) -> None:
         raise StorageError("the storage still has an object after its deletion")
 
 
-def _open_bucket(url: str, bucket: str, prefix: str) -> pafs.FileSystem:
+def _open_bucket(url: str, bucket: str, prefix: str, patience_s: float) -> pafs.FileSystem:
     if not bucket:
         raise StorageError(f"{url} names no bucket: use s3://bucket/prefix")
     s3 = _s3()
     # Reading from a bucket that is not there looks like an empty store, so the bucket is asked for first.
     if s3.get_file_info(bucket).type == pafs.FileType.NotFound:
-        raise StorageError(_no_bucket(bucket))
-    return pafs.SubTreeFileSystem(f"{bucket}{prefix}".rstrip("/"), s3)
+        raise StorageError(no_bucket(bucket))
+    return pafs.SubTreeFileSystem(f"{bucket}{prefix}".rstrip("/"), patient(s3, patience_s, redact(url)))
 
 
 def _s3() -> pafs.S3FileSystem:
@@ -151,11 +169,6 @@ def _from_environment() -> dict[str, str]:
     return options
 
 
-def s3_endpoint() -> str | None:
-    """The endpoint of the environment; None means AWS itself."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
 def _http(url: str) -> pafs.FileSystem:
     # Imported here: only an ingest from the web pays for aiohttp.
     import aiohttp
@@ -172,100 +185,3 @@ def _http(url: str) -> pafs.FileSystem:
             raise StorageError(f"{redact(url)} answers {cause.status} {cause.message}: check the address") from error
         raise StorageError(explain(cause if isinstance(cause, OSError) else error, url)) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(web))
-
-
-# --- errors in words ------------------------------------------------------------------------------------------------
-
-_UNREACHABLE = re.compile(
-    r"NETWORK_CONNECTION|curlCode|[Cc]ould not resolve|Connection refused|timed? ?out|Connect call failed"
-    r"|Cannot connect"
-)
-_REFUSED = re.compile(
-    r"INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch|ACCESS_DENIED|AccessDenied"
-    r"|EXPIRED_TOKEN|ExpiredToken|INVALID_CLIENT_TOKEN|MISSING_AUTHENTICATION|HTTP status 40[13]"
-)
-_NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|NoSuchBucket|Bucket '[^']*' not found")
-_WRONG_REGION = re.compile(r"HTTP status 301|PERMANENT_REDIRECT|PermanentRedirect|AuthorizationHeaderMalformed")
-_SERVER = re.compile(r"INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|SlowDown|HTTP status 50\d")
-
-
-def explain(error: OSError, url: str) -> str:
-    """One sentence for an error of storage or network: what, where, what to do. Holds no secret."""
-    text = str(error)
-    for recognise in (_explain_errno, _explain_s3):
-        sentence = recognise(error, text, url)
-        if sentence:
-            return redact(sentence)
-    # Not one that we know: at least say where in our code it came up.
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    place = f" (at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno})" if frame else ""
-    return redact(f"{url}: {' '.join(text.split()) or type(error).__name__}{place}")
-
-
-def _explain_errno(error: OSError, text: str, url: str) -> str | None:
-    where = f"{url} ({error.filename})" if error.filename and str(error.filename) not in url else url
-    code = error.errno
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "Disk quota exceeded" in text:
-        return f"no space left on device while writing to {where}: free some space or use another storage (--store)"
-    if code == errno.EFBIG:
-        return f"a file of {where} grew over the limit of file sizes: raise it (ulimit -f) or use another storage"
-    if code in (errno.EACCES, errno.EPERM):
-        return f"permission denied at {where}: use a place that this user may read and write"
-    if code == errno.EROFS:
-        return f"{where} is on a read-only filesystem: use a place that can be written"
-    if code in (errno.ENOTDIR, errno.EEXIST):
-        return f"{where}: a file stands where a folder is needed; use another path"
-    if code == errno.ENOENT or isinstance(error, FileNotFoundError):
-        missing = re.search(r"Path does not exist '([^']*)'", text) or re.search(r"'([^']*)'", text)
-        name = missing.group(1) if missing else ""
-        beside = f" ({name})" if name and name not in url else ""
-        return f"{url}{beside} does not exist: check the path"
-    return None
-
-
-def _explain_s3(error: OSError, text: str, url: str) -> str | None:
-    at = s3_endpoint() or "AWS S3"
-    if isinstance(error, ConnectionError | TimeoutError) or _UNREACHABLE.search(text):
-        reason = re.search(r"Details: (.*)", text) or re.search(r"\] (.*)", text)
-        why = (reason.group(1) if reason else text).strip().rstrip(".")
-        if url.startswith(("http://", "https://")):
-            return f"cannot reach {url} ({why}): check the address and the network"
-        if "AWS Error" not in text and "curlCode" not in text:
-            return f"a connection failed ({why}): `make status` says whether the local servers run"
-        return (
-            f"cannot reach the object storage of {url} at {at} ({why}):"
-            " check AWS_ENDPOINT_URL_S3 and the network; `make stack` starts a local one"
-        )
-    if _REFUSED.search(text):
-        found = re.search(r"AWS Error (?:\[?code )?([A-Z_a-z0-9]+)", text)
-        return (
-            f"the object storage of {url} at {at} refuses these credentials ({found.group(1) if found else '403'}):"
-            " check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read, write, list and delete there"
-        )
-    if _NO_BUCKET.search(text):
-        return _no_bucket(urlsplit(url).netloc)
-    if _WRONG_REGION.search(text):
-        return f"the bucket of {url} is in another region than asked: set AWS_REGION to the bucket's own"
-    if _SERVER.search(text):
-        return f"the object storage of {url} at {at} failed (its disk full? overloaded?), look at its log: {text}"
-    return None
-
-
-def _no_bucket(bucket: str) -> str:
-    return (
-        f"there is no bucket {bucket!r} at {s3_endpoint() or 'AWS S3'}:"
-        f" check its name and AWS_ENDPOINT_URL_S3, or create it (aws s3 mb s3://{bucket})"
-    )
-
-
-def redact(text: str) -> str:
-    """`text` without logins and query strings of urls (signatures live there) and without this process's secrets."""
-    text = re.sub(r"(\w+://)[^/\s@]*@", r"\1", text)
-    text = re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\")]*", r"\1", text)
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN"):
-        secret = os.environ.get(name)
-        if secret and len(secret) >= 8:  # a shorter one would tear words apart, and is no secret
-            text = text.replace(secret, "***")
-    return text

@@ -28,6 +28,7 @@ log = logging.getLogger("figment.lease")
 RENEWALS_PER_TTL = 3
 LOOKS_PER_TTL = 5
 RELEASE_PATIENCE_S = 10.0
+BYTES = 2048
 
 
 class ConditionalStore(Protocol):
@@ -61,7 +62,8 @@ class Record:
     released: bool
 
     def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        """Always of one size: a reader of S3 asks for the size first, and a longer record in between would be cut."""
+        return json.dumps(asdict(self), sort_keys=True).encode().ljust(BYTES)
 
 
 class Lease:
@@ -198,7 +200,7 @@ class _Seeker:
         self, store: ConditionalStore, path: str, holder: str, ttl_s: float, say: Callable[[str], None]
     ) -> None:
         self.store, self.path, self.say = store, path, say
-        self.first = Record(1, holder, secrets.token_hex(16), 0, ttl_s, released=False)
+        self.first = Record(1, holder[:200], secrets.token_hex(16), 0, ttl_s, released=False)
         self.answered = False  # whether the storage was ever read
         self.seen: bytes | None = None  # the record as read last
         self.standing_since: float | None = None  # when it was first read as it is now; None after a failure

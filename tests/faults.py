@@ -36,6 +36,7 @@ class Fault:
     times: int | None = None  # after so many requests met it, it is over; None: until `clear`
     status: int = 503
     seconds: float = 0.0
+    keep: float = 0.5  # how much of the headers or of the body comes through when they are cut
 
 
 class FaultProxy:
@@ -145,11 +146,12 @@ class FaultProxy:
         if fault and fault.kind == "drop":
             return
         if fault and fault.kind == "cut headers":
-            client.sendall(answer_head[: len(answer_head) // 2])
+            client.sendall(answer_head[: int(len(answer_head) * fault.keep)])
             return
         closing = re.sub(rb"(?im)^connection:.*\r\n", b"", answer_head)
         client.sendall(closing[:-2] + b"Connection: close\r\n\r\n")
-        client.sendall(answer_body[: len(answer_body) // 2] if fault and fault.kind == "cut body" else answer_body)
+        cut = int(len(answer_body) * fault.keep) if fault and fault.kind == "cut body" else len(answer_body)
+        client.sendall(answer_body[:cut])
 
     def _meet(self, line: str) -> Fault | None:
         with self._lock:
