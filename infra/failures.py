@@ -64,7 +64,9 @@ def is_transient(error: OSError) -> bool:
 
 def is_absence(error: OSError) -> bool:
     """Whether there is no such object; deleted between two requests, S3's client says so in other words."""
-    return isinstance(error, FileNotFoundError) or bool(re.search("NO_SUCH_KEY|NoSuchKey|RESOURCE_NOT_FOUND", str(error)))
+    return isinstance(error, FileNotFoundError) or bool(
+        re.search("NO_SUCH_KEY|NoSuchKey|RESOURCE_NOT_FOUND", str(error))
+    )
 
 
 def reason(error: OSError) -> str:

@@ -135,6 +135,19 @@ def test_an_outage_is_survived(proxy, s3_store, monkeypatch, fault, operation):
     assert left == after.get(operation, {"old": OLD, "other": b"other"})
 
 
+@pytest.mark.parametrize("operation", ["delete", "delete folder"])
+def test_a_deletion_whose_reply_is_lost_is_done(proxy, s3_store, monkeypatch, operation):
+    """The second try finds nothing to delete: the first one did it."""
+    url, direct = s3_store
+    write_object(direct, "a/old", OLD)
+    fs = open_storage(url)
+    lost = Fault("drop", only=r"^DELETE|^POST [^?]*\?delete")
+    with Outage(proxy, url, lost, monkeypatch, tries=1) as outage:
+        OPERATIONS[operation](fs)
+    assert outage.seen == 1
+    assert not exists(direct, "a/old")
+
+
 @pytest.mark.parametrize(
     ("kind", "only"),
     [
@@ -320,7 +333,7 @@ def test_an_object_that_goes_while_it_is_read_is_not_found(s3_store):
             there.delete_file(path)
             return file
 
-    with pytest.raises(FileNotFoundError, match="NO_SUCH_KEY|RESOURCE_NOT_FOUND"):
+    with pytest.raises(FileNotFoundError, match=r"NO_SUCH_KEY|RESOURCE_NOT_FOUND"):
         PatientStorage(Late(), 600, url).open_input_file(f"{url.removeprefix('s3://')}/x")
 
 
