@@ -252,6 +252,23 @@ def test_a_watch_begins_anew_after_a_failed_read(tmp_path):
     assert store.reads >= 2
 
 
+def test_a_renewal_that_meets_a_takeover_does_not_undo_it(tmp_path):
+    """Suspended between its read and its write: only the condition of the write stops it then."""
+    inner = open_conditional(str(tmp_path))
+
+    class Overtaken(Flaky):
+        def read(self, path):
+            found = super().read(path)
+            if found and Record(**json.loads(found[0])).fence == 1:
+                heir = Record(2, "heir", "other", 0, TTL_S, released=False)
+                assert inner.replace(path, heir.to_bytes(), found[1])
+            return found
+
+    with hold(Overtaken(inner), LEASE, "me", TTL_S, say=_silent) as lease:
+        assert lease.lost.wait(60)
+    assert (_record(str(tmp_path)).holder, _record(str(tmp_path)).released) == ("heir", False)
+
+
 def test_a_storage_that_never_answers_is_told_at_once_and_one_that_fails_later_after_a_patience(tmp_path):
     store = Flaky(open_conditional(str(tmp_path)))
     store.down.set()
