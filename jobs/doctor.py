@@ -81,7 +81,7 @@ def examine(options: Doctor, say: Callable[[Finding], None]) -> list[Finding]:
     try:
         if url is None:
             raise StorageError("no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix")
-        fs = open_storage(url)
+        fs = open_storage(url, patience_s=0)  # what is wrong now is what is asked
         with fs.open_output_stream(probe) as stream:
             stream.write(b"figment")
     except (StorageError, OSError) as error:

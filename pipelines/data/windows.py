@@ -136,14 +136,14 @@ def _load(fs: pafs.FileSystem, layout: Layout, shard: Shard) -> pa.Table:
     try:
         # One request for the whole object: a stream of a pyarrow S3 filesystem reads it in many, ten times slower.
         with fs.open_input_file(path) as file:
-            data = file.readall()
+            data = file.read_buffer()  # no copy of what a patient filesystem has in memory already
     except FileNotFoundError as error:
         raise FigmentError(f"{where} is missing in the storage; {REPAIR}") from error
     except OSError as error:
         reason = " ".join(str(error).split())  # one sentence, however many lines the storage has to say
         raise FigmentError(f"{where} cannot be read: {reason}; check the storage and run it again") from error
-    if len(data) != shard.bytes:
-        raise FigmentError(f"{where} has {len(data)} bytes, its manifest says {shard.bytes}; {REPAIR}")
+    if data.size != shard.bytes:
+        raise FigmentError(f"{where} has {data.size} bytes, its manifest says {shard.bytes}; {REPAIR}")
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise FigmentError(f"{where} is damaged: its sha256 is not the one of the manifest; {REPAIR}")
     try:

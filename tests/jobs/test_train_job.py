@@ -96,7 +96,7 @@ def test_ingest_and_training_through_job_submission_end_in_pictures_and_a_tracke
     assert min(grid.shape[:2]) >= 4 * 32
     frames = iio.imread(io.BytesIO((tmp_path / "out" / "training.mp4").read_bytes()), extension=".mp4")
     assert len(frames) >= 5
-    assert exists(fs, f"runs/dcgan-demo/checkpoints/{640:012d}/bundle.json")
+    assert exists(fs, f"runs/dcgan-demo/checkpoints/{640:012d}-00001/bundle.json")
 
     client = MlflowClient(mlflow_server)
     (experiment,) = [e for e in client.search_experiments() if e.name == "figment"]

@@ -17,7 +17,7 @@ import pytest
 from infra.conditional import open_conditional
 from infra.storage import open_storage
 from pipelines.errors import FigmentError
-from pipelines.lease import LeaseHeldError, LeaseLostError, Record, _acquire, current_fence, hold
+from pipelines.lease import LeaseHeldError, LeaseLostError, Record, _acquire, _Seeker, current_fence, hold
 from pipelines.objects import write_object
 from tests.faults import Fault, FaultProxy
 
@@ -96,6 +96,10 @@ def _record(url: str) -> Record:
 def _silent(_: str) -> None: ...
 
 
+def _take(store, name: str, ttl_s: float, say, patience_s: float) -> Record:
+    return _acquire(_Seeker(store, LEASE, name, ttl_s, say, above=0), patience_s)
+
+
 def test_acquired_and_released_and_fences_grow(url):
     store, fs = open_conditional(url), open_storage(url)
     assert current_fence(fs, LEASE) is None
@@ -106,6 +110,13 @@ def test_acquired_and_released_and_fences_grow(url):
             lease.check()
         assert _record(url).released
     assert current_fence(fs, LEASE) == 3
+
+
+def test_a_record_that_was_removed_gives_no_number_twice(tmp_path):
+    store = open_conditional(str(tmp_path / "store"))
+    for above, fence in ((4, 5), (0, 6), (9, 10)):  # no record; a record that knows more; one that knows less
+        with hold(store, LEASE, "me", TTL_S, say=pytest.fail, above=above) as lease:
+            assert lease.fence == fence
 
 
 def test_a_living_owner_is_left_alone(url, owner):
@@ -132,7 +143,7 @@ def test_it_stays_held_beyond_its_time_to_live(url):
     with hold(store, LEASE, "me", LIVING_TTL_S, say=_silent) as lease:
         _until(lambda: _record(url).renewals >= 4)
         with pytest.raises(LeaseHeldError):
-            _acquire(store, LEASE, "other", TTL_S, _silent, 60)
+            _take(store, "other", TTL_S, _silent, 60)
         lease.check()
         assert _record(url).token == lease._mine.token
 
@@ -242,9 +253,9 @@ def test_an_outage_loses_no_lease(tmp_path):
 def test_a_watch_begins_anew_after_a_failed_read(tmp_path):
     """The owner may have lost the storage too: once it is back, the owner has its whole time again."""
     store = Flaky(open_conditional(str(tmp_path)))
-    _acquire(store, LEASE, "dead", TTL_S, _silent, 60)
+    _take(store, "dead", TTL_S, _silent, 60)
     with ThreadPoolExecutor(1) as pool:
-        contender = pool.submit(_acquire, store, LEASE, "heir", TTL_S, lambda _: store.down.set(), 60)
+        contender = pool.submit(_take, store, "heir", TTL_S, lambda _: store.down.set(), 60)
         _until(lambda: store.failed >= 8)  # looks are a fifth of the time to live apart
         store.reads = 0
         store.down.clear()
@@ -273,13 +284,13 @@ def test_a_storage_that_never_answers_is_told_at_once_and_one_that_fails_later_a
     store = Flaky(open_conditional(str(tmp_path)))
     store.down.set()
     with pytest.raises(OSError, match="refused"):
-        _acquire(store, LEASE, "me", TTL_S, _silent, 60)
+        _take(store, "me", TTL_S, _silent, 60)
     assert store.failed == 1
     store.down.clear()
-    dead = _acquire(store, LEASE, "dead", 0.2, _silent, 60)
+    dead = _take(store, "dead", 0.2, _silent, 60)
     assert dead.fence == 1
     with pytest.raises(OSError, match="refused"):
-        _acquire(store, LEASE, "me", 0.2, lambda _: store.down.set(), 0.3)
+        _take(store, "me", 0.2, lambda _: store.down.set(), 0.3)
     assert store.failed > 2
 
 
@@ -291,7 +302,7 @@ def test_a_lost_reply_at_each_step(s3_store, monkeypatch):
             # All tries of the write are done and no answer comes.
             proxy.set(Fault("drop", only="^PUT .*lease", times=2))
             try:
-                record = _acquire(store, LEASE, "me", TTL_S, _silent, 60)
+                record = _take(store, "me", TTL_S, _silent, 60)
             except OSError:
                 assert fence == 1  # the first question may fail; the record stands all the same
                 record = _record(s3_store[0])
@@ -314,4 +325,4 @@ def test_every_record_has_one_size():
 def test_a_stranger_s_object_is_named(store, tmp_path):
     write_object(store, LEASE, b"[1, 2]")
     with pytest.raises(FigmentError, match=r"runs/toy/lease\.json is not the record of a lease .*delete it"):
-        _acquire(open_conditional(str(tmp_path / "store")), LEASE, "me", TTL_S, _silent, 60)
+        _take(open_conditional(str(tmp_path / "store")), "me", TTL_S, _silent, 60)

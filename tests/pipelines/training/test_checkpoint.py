@@ -20,7 +20,7 @@ from pipelines.errors import FigmentError
 from pipelines.objects import read_json, read_object, write_json, write_object
 from pipelines.training.checkpoint import Bundle, TrainingState, load_bundle, restore, save_bundle
 from pipelines.training.ema import Ema
-from pipelines.training.history import bundle_path, newest_bundle, prune_bundles
+from pipelines.training.history import bundle_path, highest_fence, newest_bundle, prune_bundles
 from tests.pipelines.training.toys import MODELS_IN_SMALL, toy_spec
 
 SHAPE = ImageShape(1, 8, 8)
@@ -262,6 +262,8 @@ def test_the_later_launch_counts_and_an_earlier_one_cannot_remove_what_it_wrote(
     assert _left(store) == [15, 30]
     prune_bundles(store, RUN, keep=1, fence=2)
     assert _left(store) == [15]
+    write_object(store, f"{_path(5, 7)}/rank-00000.pt", b"half a checkpoint")
+    assert (highest_fence(store, RUN), highest_fence(store, "runs/new")) == (7, 0)
 
 
 def test_code_in_a_state_file_is_not_run(store: pafs.FileSystem, tmp_path: Path) -> None:
