@@ -178,8 +178,8 @@ class _Run:
         in_flight: deque[tuple[list[_Place], ray.ObjectRef]] = deque()
         try:
             for places, images in _batches(placed):
-                fs = self._source.fs if isinstance(images[0], ImageFile) else None
-                in_flight.append((places, task.remote(images, size, encoding, fs)))
+                fs = self._source.fs if any(isinstance(image, ImageFile) for image in images) else None
+                in_flight.append((places, task.remote(images, size, encoding, fs, self._source.limits)))
                 while len(in_flight) >= max(4, 2 * int(ray.cluster_resources().get("CPU", 1))):
                     yield from self._checked(*self._await(*in_flight.popleft()))
             while in_flight:

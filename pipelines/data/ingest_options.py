@@ -13,7 +13,7 @@ import PIL
 from pipelines.data.images import stored_shape
 from pipelines.data.packing import check_name
 from pipelines.data.sources import detect_format, fingerprint, read_images
-from pipelines.data.sources_io import EncodedImage, ImageFile, Images, Source, SourceImage
+from pipelines.data.sources_io import Images, RawImage, Source, SourceImage
 from pipelines.errors import FigmentError
 
 Encoding = Literal["auto", "raw", "png", "jpeg", "webp"]
@@ -71,10 +71,10 @@ def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]
     except StopIteration as end:  # read_images raises when there is none
         raise AssertionError("read_images ended without an image and without an error") from end
     size = options.size
-    if size is None and isinstance(first, EncodedImage | ImageFile):
+    if size is None and not isinstance(first, RawImage):
         size = DEFAULT_SIZE
     shape = stored_shape(first, size)
-    if size is not None and not isinstance(first, EncodedImage | ImageFile) and first.pixels.shape == shape:
+    if size is not None and isinstance(first, RawImage) and first.pixels.shape == shape:
         size = None
     encoding: str = options.encoding
     if encoding == "auto":
@@ -100,6 +100,7 @@ def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
         "pillow": PIL.__version__,
         "source": source.name,
         "files": files,
+        "limits": asdict(source.limits),
         "labels": hashlib.sha256("\n".join(source.labels or ()).encode()).hexdigest(),
         "dataset": options.dataset_name,
         "on_bad_image": options.on_bad_image,

@@ -9,13 +9,15 @@ from pyarrow import fs as pafs
 
 from pipelines.data.sources_io import (
     UNLABELLED,
+    BadFile,
     EncodedImage,
     ImageFile,
     Images,
     Member,
     Source,
-    read_exactly,
+    read_whole,
     tar_members,
+    too_large,
 )
 from pipelines.errors import FigmentError
 
@@ -88,9 +90,11 @@ def _ground_truth(source: Source) -> tuple[list[int], tuple[str, ...]]:
     return [index[line] for line in lines], tuple(names)
 
 
-def _encoded(source: Source, split: str, member: Member, label: int) -> EncodedImage:
-    data = read_exactly(source, member.stream, member.size, f"its {member.size:,} bytes")
-    return EncodedImage(split, data, label, f"{member.name} (byte {member.offset:,})")
+def _encoded(source: Source, split: str, member: Member, label: int) -> EncodedImage | BadFile:
+    where = f"{member.name} (byte {member.offset:,})"
+    if member.size > source.limits.file_bytes:
+        return BadFile(split, too_large(member.size, source.limits), label, where)
+    return EncodedImage(split, read_whole(source, member), label, where)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -123,8 +127,12 @@ def folders(source: Source) -> Images:
     return tuple(classes)
 
 
-def _image_files(source: Source, split: str, found: list[pafs.FileInfo], label: int) -> Iterator[ImageFile]:
+def _image_files(source: Source, split: str, found: list[pafs.FileInfo], label: int) -> Iterator[ImageFile | BadFile]:
     for info in found:
         if info.type == pafs.FileType.File and info.base_name.lower().endswith(IMAGE_SUFFIXES):
-            source.bytes_read += info.size or 0
-            yield ImageFile(split, info.path, label, info.path.removeprefix(source.path).strip("/"))
+            member, size = info.path.removeprefix(source.path).strip("/"), info.size or 0
+            if size > source.limits.file_bytes:
+                yield BadFile(split, too_large(size, source.limits), label, member)
+                continue
+            source.bytes_read += size
+            yield ImageFile(split, info.path, label, member)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.images import Bad, Row, prepare
+from pipelines.data.images import FILE_FORMATS, Bad, Row, open_image, prepare
+from pipelines.data.sources_files import IMAGE_SUFFIXES
 from pipelines.data.sources_io import EncodedImage, RawImage
 from tests.pipelines.data.archives import picture
 
@@ -141,3 +146,44 @@ def test_random_damage_never_raises() -> None:
                 data[at] = rng.integers(256)
             item = stored(bytes(data))
             assert isinstance(item, Row | Bad)
+
+
+def test_the_reason_is_the_same_each_time() -> None:
+    reasons = {bad.reason for bad in (stored(b"not an image") for _ in range(3)) if isinstance(bad, Bad)}
+    assert reasons == {"it is no JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM file that can be read"}
+
+
+def test_every_suffix_that_is_taken_for_an_image_has_its_format() -> None:
+    extensions = Image.registered_extensions()
+    assert {extensions[suffix] for suffix in IMAGE_SUFFIXES} == set(FILE_FORMATS)
+    for form in FILE_FORMATS:
+        assert open_image(picture(1, form=form), FILE_FORMATS).format == form
+
+
+DECODE = """
+import sys
+from pathlib import Path
+from pipelines.data.images import prepare
+from pipelines.data.sources_io import EncodedImage
+print(prepare([EncodedImage("train", Path(sys.argv[1]).read_bytes(), 0, "cat.jpg")], 32, "raw")[0])
+"""
+
+
+def test_no_program_is_started_for_an_eps_file_under_another_name(tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript. Here a program of that name would leave its trace, and fail."""
+    eps, trace, gs = tmp_path / "cat.jpg", tmp_path / "was-here", tmp_path / "bin" / "gs"
+    eps.write_bytes(saved(Image.open(io.BytesIO(picture(1))), "EPS"))
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {trace}\nexit 1\n")
+    gs.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE, str(eps)],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"PATH": f"{gs.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Bad(member='cat.jpg', reason='it is no JPEG" in done.stdout
+    assert not trace.exists()
