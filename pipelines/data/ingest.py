@@ -22,12 +22,11 @@ from pyarrow import fs as pafs
 
 from pipelines.data.images import Bad, Row, prepare, stored_shape
 from pipelines.data.ingest_options import IngestOptions, Layout, ingest_key, plan_layout
-from pipelines.data.manifest import DATASETS, Manifest, Skipped, load_manifest, save_manifest
+from pipelines.data.manifest import DATASETS, Manifest, Skipped, load_manifest, save_manifest, versions
 from pipelines.data.packing import SKIPPED_SHOWN, Journal, Packed, Scatter, even_parts, pack
 from pipelines.data.sources import CITATIONS
 from pipelines.data.sources_io import EncodedImage, ImageFile, Images, Source, SourceImage
 from pipelines.errors import FigmentError
-from pipelines.objects import children, exists
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 * 2**20  # what one decode task gets: whichever is reached first
 WRITERS = 2
@@ -71,20 +70,23 @@ def ingest(
     began = time.perf_counter()
     layout, images = plan_layout(source, options)
     key = ingest_key(source, options, layout)
+    journal = Journal(fs, options.dataset_name, key)
     done = _finished(fs, options.dataset_name, key)
     if done:
         images.close()
+        journal.delete()  # of a run that was killed after its manifest, or of one that lost a race
         return IngestResult(done, f"{done.folder}/manifest.json", True, 0, 0, time.perf_counter() - began)
-    journal = Journal(fs, options.dataset_name, key)
     run = _Run(source, fs, options, layout, journal, connect, on_progress)
     run.run(images)
     manifest = run.manifest(key)
     path = f"{manifest.folder}/manifest.json"
-    already_there = not run.wrote and _complete(fs, options.dataset_name, manifest.version) is not None
-    if not already_there:
+    there = _complete(fs, options.dataset_name, manifest.version)
+    if there is None:
         save_manifest(fs, manifest)
     journal.delete()
-    return IngestResult(manifest, path, already_there, run.images, run.prepared, time.perf_counter() - began)
+    already_there = there is not None and not run.wrote
+    seconds = time.perf_counter() - began
+    return IngestResult(there or manifest, path, already_there, run.images, run.prepared, seconds)
 
 
 @dataclass(frozen=True)
@@ -276,22 +278,19 @@ def _batches(
 
 def _finished(fs: pafs.FileSystem, name: str, key: str) -> Manifest | None:
     """The version that an earlier ingest with this key made."""
-    for version in children(fs, f"{DATASETS}/{name}"):
-        manifest = _complete(fs, name, version)
-        if manifest and manifest.source.get("key") == key:
-            return manifest
-    return None
+    found = (manifest for manifest in versions(fs, name) if manifest.source.get("key") == key)
+    return next((manifest for manifest in found if _whole(fs, manifest)), None)
 
 
 def _complete(fs: pafs.FileSystem, name: str, version: str) -> Manifest | None:
-    """This version, if its manifest can be read and all its shards are there."""
-    root = f"{DATASETS}/{name}"
-    if not exists(fs, f"{root}/{version}/manifest.json"):
-        return None
+    """This version, if its manifest can be read and all its shards are there; else it is written anew."""
     try:
         manifest = load_manifest(fs, f"{name}@{version}")
-    except FigmentError:  # edited or of another format: it is written anew
+    except FigmentError:  # none, edited, or of another format
         return None
+    return manifest if _whole(fs, manifest) else None
+
+
+def _whole(fs: pafs.FileSystem, manifest: Manifest) -> bool:
     shards = [shard for found in manifest.splits.values() for shard in found]
-    whole = all(fs.get_file_info(f"{root}/{shard.path}").size == shard.bytes for shard in shards)
-    return manifest if whole else None
+    return all(fs.get_file_info(f"{manifest.root}/{shard.path}").size == shard.bytes for shard in shards)
