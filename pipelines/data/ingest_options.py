@@ -23,7 +23,7 @@ SIZES = range(8, 1025)
 SHARD_BYTES = 8 * 2**20
 SHARD_ROWS = range(64, 4097)
 BYTES_A_VALUE = {"raw": 1.0, "png": 0.6, "jpeg": 0.2, "webp": 0.5}  # of photographs, for the number of rows a shard
-REVISION = 1  # counts the changes to this pipeline that change the shards it makes
+REVISION = 2  # counts the changes to this pipeline that change the shards it makes
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pipelines.data.sources_io import (
     Images,
     Member,
     Source,
+    member_names,
     read_whole,
     tar_members,
     too_large,
@@ -31,20 +32,35 @@ SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "valid": "val",
 def imagenet_train(source: Source) -> Images:
     """`ILSVRC2012_img_train.tar`: a tar of one tar of JPEGs a synset.
 
-    Labels count the synsets in the order in which they stand in the archive (the official one has them sorted), so that
-    the stream need not be read twice; label names are their WordNet ids.
+    A label is the place among the sorted WordNet ids, as in the validation set, in whatever order the archive has them:
+    where one can jump in it, all ids are read first. Else they must stand sorted, as in the official archive.
     """
-    synsets: dict[str, int] = {}
+    synsets = [_synset(source, name) for name in member_names(source)]
+    known = {synset: label for label, synset in enumerate(sorted(synsets))}
+    seen: list[str] = []
     for outer in tar_members(source, source.open()):
-        synset, dot, suffix = outer.base_name.rpartition(".")
-        if not dot or suffix != "tar":
-            source.refuse("is no tar of a class; in ILSVRC2012_img_train.tar every member is")
-        if synset in synsets:
+        synset = _synset(source, outer.name)
+        if synset in seen:
             source.refuse(f"is the second tar of class {synset}")
-        synsets[synset] = len(synsets)
+        if not synsets and seen and synset < seen[-1]:
+            source.refuse(
+                f"class {synset} stands after {seen[-1]}, and a label is the place among the sorted ids, which a stream"
+                " cannot tell beforehand; pack it with tar --sort=name, or read an uncompressed local copy"
+            )
+        if synsets and synset not in known:
+            source.refuse("was not there before: the archive has changed while it was read")
+        label = known.get(synset, len(seen))
+        seen.append(synset)
         for member in tar_members(source, outer.stream, inside=outer):
-            yield _encoded(source, "train", member, synsets[synset])
-    return tuple(synsets)
+            yield _encoded(source, "train", member, label)
+    return tuple(sorted(seen))
+
+
+def _synset(source: Source, name: str) -> str:
+    synset, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    if not dot or suffix != "tar":
+        source.refuse(f"{name} is no tar of a class; in ILSVRC2012_img_train.tar every member is")
+    return synset
 
 
 def imagenet_val(source: Source) -> Images:

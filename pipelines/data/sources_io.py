@@ -27,6 +27,7 @@ UNLABELLED = -1
 CHUNK = 1 << 20  # bytes
 BUFFER = 128 << 10  # bytes
 FETCH = 8 << 20  # bytes: an object store answers each read with one request, so few large ones
+PILLOW_PIXELS = 178_000_000  # of an image that Pillow still opens
 UNPACKED_FLOOR = 10**9  # bytes that any compressed file may unpack to, whatever its ratio
 GLOBAL_HEADERS = 1000  # entries
 HEADER_BYTES = 64 << 10  # of one extended tar header: long names and the like; `tarfile` holds it whole
@@ -39,6 +40,12 @@ class Limits:
     file_bytes: int = 64_000_000  # of a member that is held whole: an image file, a pickle
     pixels: int = 100_000_000  # of one image; decoding takes 4 to 6 bytes of memory a pixel
     ratio: int = 200  # a compressed file to its contents (beyond UNPACKED_FLOOR), an image file to its pixels
+
+    def __post_init__(self) -> None:
+        if self.file_bytes < 1 or self.pixels < 1 or self.ratio < 1:
+            raise FigmentError("limits of file size, pixels and ratio must be at least 1")
+        if self.pixels > PILLOW_PIXELS:
+            raise FigmentError(f"at most {PILLOW_PIXELS / 1e6:,.0f} megapixels can be allowed: Pillow decodes no more")
 
 
 @dataclass(frozen=True)
@@ -238,6 +245,25 @@ def tar_members(source: Source, stream: IO[bytes], inside: Member | None = None)
                 raise tarfile.ReadError(f"there is data after the end mark of the tar (byte {base + tar.offset:,})")
     while stream.read(CHUNK):
         pass
+
+
+def member_names(source: Source) -> list[str]:
+    """All files of the tar that `source` is, by jumping from header to header; empty where only a stream can be read.
+
+    That is from the web, where each jump may fetch megabytes, and out of a compressed file.
+    """
+    if isinstance(source.fs, pafs.PyFileSystem):
+        return []
+    with source.fs.open_input_file(source.path) as file:
+        if bytes(file.read(6)).startswith(tuple(_UNPACK)):
+            return []
+        file.seek(0)
+        names = []
+        with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_StrictTarInfo) as tar:
+            while (info := tar.next()) is not None:
+                vars(tar)["members"] = []
+                names += [info.name] if info.isfile() else []
+        return names
 
 
 _SPARSE = "it has a sparse file, whose size is only claimed; pack it without --sparse"
