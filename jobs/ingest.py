@@ -47,9 +47,10 @@ class IngestJob:
     encoding: Literal["auto", "raw", "png", "jpeg", "webp"] = "auto"
     """How images are stored; auto: raw pixels up to 64x64, else png. Only jpeg (quality 95) loses something."""
     rows_per_shard: int | None = None
-    """Images a shard. Default: as many as make about 8 MB, 4,096 at most."""
+    """Images a shard. Default: as many as make about 8 MB, 16 at least and 4,096 at most."""
     mix_shards: int = 64
-    """Shards open at the same time: more mix an archive that is sorted by class better and take more memory."""
+    """Shards open at the same time: more mix an archive that is sorted by class better. They are fewer where open
+    shards and those being written could hold more than 600 MB."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be decoded; skip counts and names such images in the manifest."""
     max_file_mb: int = 64
@@ -124,6 +125,7 @@ def _print_plan(source: Source, options: IngestOptions, dest: str) -> None:
     print(f"data set        {options.dataset_name} in {redact(dest)}")
     print(f"images          {channels} x {height} x {width}, stored as {layout.encoding}")
     print(f"rows per shard  {layout.rows_per_shard:,}")
+    print(f"open shards     {layout.open_shards:,}, up to {layout.held_bytes / 1e6:,.0f} MB in memory")
     print(f"bad images      {options.on_bad_image}")
     print("dry run: nothing was written")
 

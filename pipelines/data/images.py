@@ -179,6 +179,7 @@ def _resized(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _encode(picture: Image.Image, encoding: str) -> bytes:
+    picture.info = {}  # colour profiles, comments and the like can be larger than the picture, and no reader uses them
     sink = io.BytesIO()
     picture.save(sink, encoding.upper(), **ENCODERS[encoding])
     return sink.getvalue()

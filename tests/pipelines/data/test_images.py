@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.images import FILE_FORMATS, Bad, Row, open_image, prepare
+from pipelines.data.ingest_options import most_bytes
 from pipelines.data.sources_files import IMAGE_SUFFIXES
 from pipelines.data.sources_io import EncodedImage, RawImage
 from tests.pipelines.data.archives import picture
@@ -104,6 +105,19 @@ def test_encoded_images_decode_to_the_raw_ones(encoding: str) -> None:
     assert Image.open(io.BytesIO(row.image)).format == encoding.upper()
     assert np.abs(decoded - raw).mean() <= (3 if encoding == "jpeg" else 0)
     assert row.sums == tuple(raw.sum(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "jpeg"])
+def test_what_is_stored_is_bounded_by_its_pixels(encoding: str) -> None:
+    """Noise is the worst there is; a profile of the source, larger than the picture, is left behind."""
+    for size in (8, 65, 300):
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+        for form, options in (
+            ("PNG", {"icc_profile": np.random.default_rng(1).bytes(500_000)}),
+            ("JPEG", {"comment": b"x" * 60_000}),
+        ):
+            row = stored(saved(noise, form, **options), size, encoding)
+            assert isinstance(row, Row) and len(row.image) <= most_bytes((3, size, size), encoding)
 
 
 def test_raw_pixels_stay_as_they_are_or_are_resized() -> None:
