@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from pyarrow import fs as pafs
 
+from pipelines.data import ingest as ingest_module
+from pipelines.data import packing
 from pipelines.data.images import Row, prepare
 from pipelines.data.ingest import Progress, ingest
 from pipelines.data.ingest_options import IngestOptions
@@ -148,6 +150,48 @@ def test_an_interrupted_run_is_taken_up(store: pafs.FileSystem, tmp_path: Path, 
     assert not [path for path in files_of(store) if "/.ingest-" in path]
     # Other options are another ingest: nothing of this one is taken for theirs.
     assert ingest(local(cifar), store, replace(SMALL, rows_per_shard=20)).prepared == 288
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill(*_: object) -> None:
+    raise KilledError
+
+
+def test_another_ingest_ends_while_this_one_takes_up_its_journal(
+    store: pafs.FileSystem, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found the journal of a run that was killed; the other one deletes it while this one reads it."""
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(ingest_module, "save_manifest", kill)
+        ingest(local(cifar), store, SMALL)
+    assert [path for path in files_of(store) if "/.ingest-" in path]
+    real, others = packing.read_json, []
+
+    def read_json(fs: pafs.FileSystem, path: str) -> object:
+        if not others:
+            others.append("begun")
+            others[0] = ingest(local(cifar), store, SMALL).manifest
+        return real(fs, path)
+
+    monkeypatch.setattr(packing, "read_json", read_json)
+    mine = ingest(local(cifar), store, SMALL).manifest
+    assert mine == others[0] == load_manifest(store, "small")
+    assert stored(store, mine, "train") == TRAIN.rows()
+    assert not [path for path in files_of(store) if "/.ingest-" in path]
+
+
+def test_a_journal_that_was_left_beside_a_finished_version_goes(
+    store: pafs.FileSystem, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(packing.Journal, "delete", kill)
+        ingest(local(cifar), store, SMALL)
+    assert [path for path in files_of(store) if "/.ingest-" in path]
+    assert ingest(local(cifar), store, SMALL).already_there
+    assert not [path for path in files_of(store) if "/.ingest-" in path]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
