@@ -27,11 +27,14 @@ from infra.processes import (
 
 
 def _server(folder: Path, code: str, **more) -> Server:
-    def check() -> None:
+    def answers() -> None:
         if not (folder / "ready").exists():
             raise FileNotFoundError("ready")
 
-    return Server("test server", "http://127.0.0.1", [sys.executable, "-c", code], {}, folder, check, **more)
+    command = [sys.executable, "-c", code]
+    return Server(
+        "test server", "http://127.0.0.1", command, {}, folder, **{"answers": answers, "works": answers, **more}
+    )
 
 
 def test_starts_waits_and_stops_with_all_that_it_forked(tmp_path):
