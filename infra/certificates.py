@@ -36,30 +36,26 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def good(folder: Path) -> bool:
-    """Whether `folder` has certificates that will not expire soon."""
+    """Whether `folder` has certificates that belong together and will not expire soon."""
+    # Imported here, as below: only who starts or examines the stack pays for it.
     from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import serialization
 
     try:
         certificate = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
-        ca = x509.load_pem_x509_certificate((folder / CA).read_bytes())
-        certificate.verify_directly_issued_by(ca)
-        there = (folder / KEY).stat().st_size > 0
-    except (OSError, ValueError, TypeError, _invalid_signature()):
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((folder / CA).read_bytes()))
+        key = serialization.load_pem_private_key((folder / KEY).read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, InvalidSignature):
         return False
-    return there and certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC) > RENEW_BEFORE
-
-
-def _invalid_signature() -> type[Exception]:
-    from cryptography.exceptions import InvalidSignature
-
-    return InvalidSignature
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    return key.public_key() == certificate.public_key() and left > RENEW_BEFORE
 
 
 def ensure(folder: Path) -> None:
     """Makes certificates in `folder`, with an authority of their own, unless there are good ones."""
     if good(folder):
         return
-    # Imported here: only who makes keys pays for it.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
