@@ -19,8 +19,8 @@ from typing import NoReturn
 
 from infra import processes
 from infra.home import Credentials, Home, State, default_home
-from infra.parts import NAMES, PARTS, PORTS, environment, leftovers, make_server
-from infra.plan import plan, refuse_to_end_jobs, stale
+from infra.parts import NAMES, PARTS, environment, leftovers, make_server
+from infra.plan import has_ports, plan, refuse_to_end_jobs, stale
 from infra.private import empty_folder, private_folder_in_temp
 from infra.processes import Running, Server, StackError
 
@@ -61,7 +61,7 @@ def up(home: Home, replace: bool = False) -> None:
 def status(home: Home) -> bool:
     """Prints one line a part, and the end of the log of a part that ended by itself. True when all serve."""
     state = State.load(home)
-    if not _has_ports(state) and not state.running:
+    if not has_ports(state) and not state.running:
         print("the embedded stack was never started: start it with `make stack`")
         return False
     fine = True
@@ -94,8 +94,9 @@ def down(home: Home) -> None:
 def print_environment(home: Home) -> None:
     """Lines for a shell's `eval`."""
     state = State.load(home)
-    if not _has_ports(state):
-        raise StackError("the embedded stack was never started: start it with `make stack`")
+    if not has_ports(state):
+        how = "was started by another version" if state.running else "was never started"
+        raise StackError(f"the embedded stack {how}: start it with `make stack`")
     for name, value in environment(home, state).items():
         print(f"export {name}={shlex.quote(value)}")
 
@@ -155,10 +156,6 @@ def _clear_away(part: str, reason: str, home: Home, state: State) -> None:
     print(processes.tail(home.log(part)), flush=True)
     running = state.running.pop(part)
     processes.stop(running, leftovers(part, state))  # also what it forked and left behind
-
-
-def _has_ports(state: State) -> bool:
-    return all(name in state.ports for part in PARTS for name in PORTS[part])
 
 
 @contextmanager

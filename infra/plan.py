@@ -32,6 +32,7 @@ def plan(home: Home, state: State) -> Plan:
     made = Plan()
     for part in PARTS:
         _fill_ports(part, state)
+    for part in PARTS:
         running = state.running.get(part)
         if running is None:
             made.reasons[part] = ""
@@ -50,8 +51,8 @@ def stale(part: str, home: Home, state: State, running: Running) -> str | None:
     """Why a part that may well answer is of no use any more; None when it knows all that it must know."""
     if not processes.alive(running):
         return f"it ended by itself (pid {running.pid})"
-    if not all(name in state.ports for name in PORTS[part]) or not running.told:
-        return "an earlier version started it"
+    if not has_ports(state) or not running.told:
+        return "another version started it"
     if make_server(part, home, state).told != running.told:
         return "it must learn the new ports and logins of the stack"
     if part == "s3" and not certificates.good(home.folder / "s3" / "tls"):
@@ -75,6 +76,11 @@ def refuse_to_end_jobs(home: Home, state: State, made: Plan) -> None:
             " was changed: wait for these jobs or stop them and repeat the command, or end them with `python -m"
             " infra.local up --replace` (a training that is started again goes on from its newest checkpoint)"
         )
+
+
+def has_ports(state: State) -> bool:
+    """Whether it has all that this version wants; not so before the first start and after one by another version."""
+    return all(name in state.ports for part in PARTS for name in PORTS[part])
 
 
 # --- ports ----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,12 @@ def start(server: Server, log: Path) -> Running:
             start_new_session=True,
             umask=server.umask,
         )
-    return Running(process.pid, _born(psutil.Process(process.pid)), mark, server.told)
+    running = Running(process.pid, _born(psutil.Process(process.pid)), mark, server.told)
+    # For a moment after the program was exchanged the kernel shows no environment, and its process would pass for dead.
+    until = time.monotonic() + 10.0
+    while process.poll() is None and not alive(running) and time.monotonic() < until:
+        time.sleep(0.005)
+    return running
 
 
 def _born(process: psutil.Process) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -83,21 +82,3 @@ def test_mlflow_is_tried_with_a_run_that_nobody_sees(mlflow_server: str):
     checks.mlflow_works(mlflow_server, {})
     assert {experiment.name for experiment in client.search_experiments()} == before
     assert len(client.search_runs([probe.experiment_id], run_view_type=ViewType.ALL)) == 1, "the same one each time"
-
-
-def test_mlflow_that_keeps_no_artifacts_is_not_up(tmp_path: Path):
-    (port,) = free_ports(servers.MLFLOW_PORTS).values()
-    (tmp_path / "artifacts").write_text("a file stands where the folder should be")
-    server = servers.mlflow_server(tmp_path / "m", port, f"file://{tmp_path}/artifacts", storage={})
-    running = start(server, tmp_path / "log")
-    try:
-        while True:
-            try:
-                server.answers()
-                break
-            except OSError:
-                continue
-        with pytest.raises(OSError, match="500"):
-            server.works()
-    finally:
-        stop(running)

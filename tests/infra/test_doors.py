@@ -123,8 +123,11 @@ def test_no_port_gives_anything_to_who_has_no_key(stack, intruder):
                 assert answer["body"].startswith("# HELP")
     for name in METRICS:
         del opened[name]
-    # The page of Ray's dashboard is a program that asks for the token; nothing of the cluster is in it.
-    assert opened == {"dashboard": {("http", "GET", "/")}}
+    # The page of Ray's dashboard is a program that asks for the token; nothing of the cluster is in it. SeaweedFS's S3
+    # says at /status that it is well, with no body.
+    assert opened == {"dashboard": {("http", "GET", "/")}, "s3": {("http", "GET", "/status")}}
+    s3 = [answer for answer in intruder["http"] if answer["port"] == stack.state.ports["s3"]]
+    assert {answer["body"] for answer in s3 if answer["status"] == 200} == {""}
 
 
 def test_the_servers_behind_s3_want_a_certificate(stack, doors, intruder):

@@ -262,6 +262,11 @@ def test_a_dead_part_is_named_and_comes_back_with_its_data_even_on_another_port(
     (dead,) = [line for line in status.stdout.splitlines() if "ended by itself" in line]
     assert dead.split("  ")[1] == "S3 server"
     assert f"the end of {stack.home.log('s3')}:" in status.stdout
+    # Without storage MLflow answers, but does not work: no artifact arrives.
+    login = checks.basic_auth(stack.credentials.user, stack.credentials.password)
+    checks.mlflow_answers(stack.url("mlflow"), login)
+    with pytest.raises(OSError, match=r"500|timed out"):
+        checks.mlflow_works(stack.url("mlflow"), login)
 
     with _taken(before.ports["s3"]):
         up = stack.command("up")
