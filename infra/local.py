@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import NoReturn
 
 from infra import processes
 from infra.home import Credentials, Home, State, default_home
 from infra.parts import NAMES, PARTS, environment, leftovers, make_server
 from infra.plan import has_ports, plan, refuse_to_end_jobs, stale
-from infra.private import empty_folder, private_folder_in_temp
+from infra.private import private_folder_in_temp
 from infra.processes import Running, Server, StackError
 
 
@@ -50,11 +53,9 @@ def up(home: Home, replace: bool = False) -> None:
             print(f"starting {', '.join(NAMES[part] for part in reasons)} …", flush=True)
             private_folder_in_temp(home.private_folder)
             for part in reasons:
-                if part == "ray":
-                    empty_folder(home.ray_folder)
                 state.running[part] = processes.start(all_servers[part], home.log(part))
                 state.save(home)
-            _await([(all_servers[part], state.running[part], home.log(part)) for part in reasons])
+            _await([*reasons], all_servers, home, state)
         _say_login(home)
 
 
@@ -127,15 +128,25 @@ def _say_login(home: Home) -> None:
     print(f"  the MLflow pages ask for a login: {Credentials.load(home).user}, password in {home.credentials_file}")
 
 
-def _await(started: Sequence[tuple[Server, Running, Path]]) -> None:
+def _await(parts: Sequence[str], all_servers: Mapping[str, Server], home: Home, state: State) -> None:
     """Says when each serves, in the order in which they do; `StackError` names those that never did."""
-    problems = []
-    with ThreadPoolExecutor(len(started)) as pool:
-        waits = {pool.submit(processes.wait_until_serving, *each): each for each in started}
-        for wait in as_completed(waits):
-            server, running, _ = waits[wait]
+    began, lock, problems = time.monotonic(), Lock(), []
+
+    def remember(part: str, again: Running) -> None:
+        with lock:
+            state.running[part] = again
+            state.save(home)
+
+    def wait(part: str) -> Running:
+        told = functools.partial(remember, part)
+        return processes.wait_or_start_again(all_servers[part], state.running[part], home.log(part), told)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        waits = {pool.submit(wait, part): part for part in parts}
+        for each in as_completed(waits):
             try:
-                print(f"  {_line(server, running)}   (after {wait.result():.0f} s)", flush=True)
+                line = _line(all_servers[waits[each]], each.result())
+                print(f"  {line}   (after {time.monotonic() - began:.0f} s)", flush=True)
             except StackError as error:
                 problems.append(str(error))
     if problems:

@@ -29,6 +29,10 @@ class StackError(Exception):
     """One sentence, and perhaps the end of a log, about a server that does not run as it should."""
 
 
+class EndedEarly(StackError):
+    """A server ended before it served."""
+
+
 @dataclass(frozen=True)
 class Server:
     """What is needed to start one server and to see that it serves."""
@@ -42,6 +46,7 @@ class Server:
     works: Callable[[], object]  # a whole round of its work; raises while it cannot do it
     prepare: Callable[[], object] = lambda: None  # writes what it reads at its start
     told: str = ""  # a digest of what it learns at its start alone: when that changes, it has to be started again
+    starts: int = 1  # how often it is started before one believes that it cannot
     umask: int = 0o077  # what it writes is for this user alone; -1: as this process
     without: Sequence[str] = ()  # variables of this process that it must not see
     leftovers: Sequence[Path] = ()  # files that it leaves behind outside of its folder
@@ -124,13 +129,30 @@ def wait_until_serving(server: Server, running: Running, log: Path) -> float:
         except Exception as error:  # noqa: BLE001 - a server that starts fails its check in every way there is
             reason = error
         if not alive(running):
-            raise StackError(f"{server.name} ended while it started; the end of {log}:\n{tail(log)}")
+            raise EndedEarly(f"{server.name} ended while it started; the end of {log}:\n{tail(log)}")
         if time.monotonic() - began > server.patience_s:
             raise StackError(
                 f"{server.name} does not serve after {server.patience_s:.0f} s ({reason});"
                 f" the end of {log}:\n{tail(log)}"
             )
         time.sleep(0.1)
+
+
+def wait_or_start_again(
+    server: Server, running: Running, log: Path, remember: Callable[[Running], object] = lambda again: None
+) -> Running:
+    """As `wait_until_serving`, but one that ends early is started again, as often as it allows; `remember` is told."""
+    for more in reversed(range(server.starts)):
+        try:
+            wait_until_serving(server, running, log)
+            break
+        except EndedEarly:
+            if not more:
+                raise
+            stop(running, server.leftovers)
+            running = start(server, log)
+            remember(running)
+    return running
 
 
 def why_silent(server: Server, running: Running, patience_s: float) -> str | None:

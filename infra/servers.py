@@ -13,7 +13,7 @@ import psutil
 from pyarrow import fs as pafs
 
 from infra import certificates, checks
-from infra.private import write_secret
+from infra.private import empty_folder, write_secret
 from infra.processes import Server
 
 BUCKET = "figment"
@@ -230,6 +230,9 @@ def ray_head(
         folder,
         answers=lambda: checks.ray_answers(url, header()),
         works=lambda: checks.ray_works(url, header()),
+        # It gives its own parts 30 s to come up and then gives up, which is too little on a machine under load.
+        starts=3,
+        prepare=lambda: empty_folder(folder),
         umask=-1,  # a job's pictures are as readable as its user's umask makes them
         # A head that is told of another cluster would not be a head.
         without=("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"),

@@ -32,7 +32,7 @@ from pyarrow import fs as pafs
 
 from infra import servers
 from infra.private import write_secret
-from infra.processes import free_ports, start, stop, wait_until_serving
+from infra.processes import free_ports, start, stop, wait_or_start_again, wait_until_serving
 from infra.servers import BUCKET, MLFLOW_PORTS, RAY_PORTS, REGION, S3_ADMIN_PARTNER, S3_PORTS
 from infra.storage import open_storage
 
@@ -69,7 +69,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, short_folder: Path) ->
     head = servers.ray_head(short_folder / "r", ports, told, token_file, cpus=4, object_store=300 * 2**20)
     running = start(head, folder / "log")
     try:
-        wait_until_serving(head, running, folder / "log")
+        running = wait_or_start_again(head, running, folder / "log")
         address = f"{servers.HOST}:{ports['ray']}"
         ray.init(address=address, log_to_driver=False)
         yield address

@@ -25,6 +25,7 @@ from infra.processes import (
     start,
     stop,
     tail,
+    wait_or_start_again,
     wait_until_serving,
     why_silent,
 )
@@ -72,6 +73,28 @@ def test_server_that_dies_at_start_is_reported_with_its_log(tmp_path):
     running = start(server, tmp_path / "x.log")
     with pytest.raises(StackError, match=r"(?s)test server ended while it started.*the port is taken"):
         wait_until_serving(server, running, tmp_path / "x.log")
+
+
+def test_a_server_that_gave_up_is_started_again_as_often_as_it_allows(tmp_path):
+    code = (
+        "import pathlib, time\n"
+        "if not pathlib.Path('once').exists(): pathlib.Path('once').touch(); raise SystemExit('too slow')\n"
+        "pathlib.Path('ready').touch(); time.sleep(600)\n"
+    )
+    server = _server(tmp_path, code, starts=2)
+    first, told = start(server, tmp_path / "x.log"), []
+    running = wait_or_start_again(server, first, tmp_path / "x.log", told.append)
+    try:
+        assert told == [running]
+        assert running != first and alive(running)
+        assert "too slow" in (tmp_path / "x.previous.log").read_text()
+    finally:
+        stop(running)
+    (tmp_path / "once").unlink()
+    (tmp_path / "ready").unlink()
+    once = replace(server, starts=1)
+    with pytest.raises(StackError, match="ended while it started"):
+        wait_or_start_again(once, start(once, tmp_path / "x.log"), tmp_path / "x.log")
 
 
 def test_server_that_never_serves_is_reported(tmp_path):
