@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra import processes
@@ -31,6 +32,10 @@ class Stack:
         done = self.command("run", "--", sys.executable, "-c", code)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def processes(self) -> list[tuple[str, psutil.Process]]:
+        """(part, process) of all that runs now; workers of Ray come and go."""
+        return [(part, each) for part, running in self.state.running.items() for each in processes.session(running)]
 
     @property
     def private(self) -> Path:

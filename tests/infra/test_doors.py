@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from infra import certificates, processes
-from infra.parts import PARTS
+from infra import certificates
 from infra.servers import program
 
 INTRUDER = Path(__file__).with_name("intruder.py")
@@ -69,15 +68,18 @@ def kept(stack) -> None:
 def doors(stack) -> dict[str, Any]:
     """Every socket that any process of the stack listens at: port -> part, and the paths of unix sockets."""
     ports, sockets, titles = {}, set(), set()
-    for part in PARTS:
-        for process in processes.session(stack.state.running[part]):
-            for connection in process.net_connections(kind="all"):
-                if connection.family == socket.AF_UNIX:
-                    # A connection that a socket accepted has its path as well: one more that must not open.
-                    sockets |= {connection.laddr} if connection.laddr else set()
-                elif connection.status == psutil.CONN_LISTEN:
-                    ports[connection.laddr.port] = part
-                    titles.add((" ".join(process.cmdline()) or process.name()).split()[0])
+    for part, process in stack.processes():
+        try:
+            connections, title = process.net_connections(kind="all"), " ".join(process.cmdline()) or process.name()
+        except psutil.NoSuchProcess:
+            continue  # a spare worker that ended
+        for connection in connections:
+            if connection.family == socket.AF_UNIX:
+                # A connection that a socket accepted has its path as well: one more that must not open.
+                sockets |= {connection.laddr} if connection.laddr else set()
+            elif connection.status == psutil.CONN_LISTEN:
+                ports[connection.laddr.port] = part
+                titles.add(title.split()[0])
     assert "ray::IDLE" in titles, "the ports of workers are among them"
     return {"ports": ports, "sockets": sorted(sockets)}
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.error import HTTPError
 
 import psutil
@@ -52,13 +52,14 @@ def test_status_has_a_line_for_each_part(stack):
 
 
 def test_everything_listens_on_loopback_only(stack):
-    listening = [
-        (process.name(), connection.laddr.ip)
-        for running in stack.state.running.values()
-        for process in processes.session(running)
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = []
+    for _, process in stack.processes():
+        with suppress(psutil.NoSuchProcess):
+            listening += [
+                (process.name(), connection.laddr.ip)
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            ]
     assert len(listening) > 10
     assert {ip.removeprefix("::ffff:") for _, ip in listening} == {"127.0.0.1"}, listening
 
@@ -70,8 +71,8 @@ def test_files_are_private_and_hold_no_secret_but_where_they_should(stack):
     keys = stack.credentials
     hidden = [keys.secret_key, keys.password, keys.session_key, stack.home.token_file.read_text()]
     public = [stack.home.state_file, *stack.home.folder.glob("logs/*.log")]
-    for running in stack.state.running.values():
-        for process in processes.session(running):
+    for _, process in stack.processes():
+        with suppress(psutil.NoSuchProcess):
             assert not any(secret in " ".join(process.cmdline()) for secret in hidden)
     for path in public:
         assert not any(secret in path.read_text(errors="replace") for secret in hidden), path
