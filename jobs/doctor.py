@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import tyro
 from pyarrow import fs as pafs
 
-from infra.servers import ask, basic_auth
+from infra.checks import ask, basic_auth
 from infra.storage import StorageError, check_storage, default_store, explain, open_storage, redact
 from jobs.entry import USER_ERROR, connect_ray, run_job
 
