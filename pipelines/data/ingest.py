@@ -148,8 +148,8 @@ class _Run:
                     writing.append(writers.submit(self._write_full, *target, _in_order(filling.pop(target))))
                 while len(writing) > WRITERS or (writing and writing[0].done()):
                     writing.popleft().result()
-            for open_split in {split for split, _ in filling}:
-                self._pack_rest(open_split, filling, writers)
+            for each in self._scatter:
+                self._pack_rest(each, filling, writers)
             for future in writing:
                 future.result()
         self._tick(force=True)
@@ -158,7 +158,8 @@ class _Run:
         """The shards of a split that are not full, when no more of its images come."""
         numbers = [number for s, number in filling if s == split]
         left = _in_order([entry for number in numbers for entry in filling.pop((split, number))])
-        self._rest[split] = list(writers.map(self._pack, even_parts(left, self._layout.rows_per_shard)))
+        parts = even_parts(left, self._layout.rows_per_shard)
+        self._rest.setdefault(split, []).extend(writers.map(self._pack, parts))
         self.held.add(-sum(map(_bytes, left)))
 
     def _place(self, images: Images) -> Iterator[tuple[_Place, SourceImage]]:
@@ -246,7 +247,7 @@ class _Run:
 
     def manifest(self, key: str) -> Manifest:
         packed = {
-            split: [self._done[k] for k in sorted(self._done) if k[0] == split] + self._rest.get(split, [])
+            split: [self._done[k] for k in sorted(self._done) if k[0] == split] + self._rest[split]
             for split in self._scatter
         }
         splits = {split: tuple(p.shard for p in found if p.shard) for split, found in packed.items()}

@@ -161,6 +161,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, cifar: Path) -> None:
     assert "no such file" in fail(tmp_path / "nothing", store, "--dataset-name", "c")
     assert "did you mean 'cifar10-binary'" in fail(cifar, store, "--dataset-name", "c", "--format", "cifar10-binry")
     assert "FIGMENT_STORE" in fail(cifar, "--dataset-name", "c")
+    assert "178 megapixels" in fail(cifar, store, "--dataset-name", "c", "--max-megapixels", "500")
     assert invisible(open_storage(str(store)), "c")
     typo = run(cifar, store, "--dataset-name", "c", "--rows-per-shart", "5")
     assert typo.returncode == 2 and "--rows-per-shard" in typo.stderr

@@ -24,6 +24,7 @@ from pipelines.data.sources_io import EncodedImage
 from pipelines.errors import FigmentError
 from tests.pipelines.data import archives
 from tests.pipelines.data.archives import CIFAR_NAMES, local, picture, random_images
+from tests.pipelines.data.test_limits import png
 
 TRAIN, TEST = random_images(257, seed=1), random_images(31, seed=2)
 SMALL = IngestOptions("small", rows_per_shard=16, mix_shards=4)
@@ -305,6 +306,18 @@ def test_bad_images_stop_the_ingest_or_are_counted(store: pafs.FileSystem, tmp_p
     assert manifest.skipped.count == len(manifest.skipped.members) == 20
     assert all(".JPEG (byte " in member and "truncated" in member.lower() for member in manifest.skipped.members)
     assert load_manifest(store, "small") == manifest
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_eps_and_bombs_are_skipped_and_counted(store: pafs.FileSystem, tmp_path: Path) -> None:
+    files = {f"a/{i}.jpg": picture(i) for i in range(6)}
+    files |= {"a/eps.jpg": picture(9, form="EPS"), "a/bomb.png": png(13_300)}
+    root = archives.tree(tmp_path / "t", files)
+    with pytest.raises(FigmentError, match=r"a/bomb.png: not a readable image .*13,300 x 13,300.*--on-bad-image skip"):
+        ingest(local(root), store, SMALL)
+    manifest = ingest(local(root), store, replace(SMALL, on_bad_image="skip")).manifest
+    assert (manifest.rows("train"), manifest.skipped.count) == (6, 2)
+    assert {member.partition(":")[0] for member in manifest.skipped.members} == {"a/eps.jpg", "a/bomb.png"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
