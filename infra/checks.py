@@ -102,20 +102,28 @@ def ray_answers(url: str, header: Mapping[str, str]) -> None:
 
 def ray_works(url: str, header: Mapping[str, str]) -> None:
     """A job that does nothing is taken, done, and forgotten."""
-    # On a machine under load a job may have been taken although the answer came too late: then it is the one to watch.
-    listed = [job["submission_id"] or "" for job in ask(f"{url}/api/jobs/", header)]
-    names = [name for name in listed if name.startswith(RAY_JOB)] or [f"{RAY_JOB}{uuid.uuid4().hex[:8]}"]
-    if names[0] not in listed:
-        ask(f"{url}/api/jobs/", header, {"entrypoint": "true", "submission_id": names[0]})
+    names = _ray_checks(url, header)
+    if not names:
+        name = f"{RAY_JOB}{uuid.uuid4().hex[:8]}"
+        # A patient question: one that is given up may yet become a job, which nobody would forget.
+        ask(f"{url}/api/jobs/", header, {"entrypoint": "true", "submission_id": name}, timeout_s=RAY_JOB_S)
+        names = [name]
     until = time.monotonic() + RAY_JOB_S
-    for name in names:
-        while (told := ask(f"{url}/api/jobs/{name}", header))["status"] in ("PENDING", "RUNNING"):
-            if time.monotonic() > until:
-                raise TimeoutError(f"the job {name} (`true`) has not ended after {RAY_JOB_S:.0f} s")
-            time.sleep(0.1)
-        fetch(f"{url}/api/jobs/{name}", header, method="DELETE")
-        if told["status"] != "SUCCEEDED":
-            raise OSError(f"the job {name} (`true`) ended as {told['status']}: {told['message']}")
+    while names:
+        for name in names:
+            while (told := ask(f"{url}/api/jobs/{name}", header))["status"] in ("PENDING", "RUNNING"):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"the job {name} (`true`) has not ended after {RAY_JOB_S:.0f} s")
+                time.sleep(0.1)
+            fetch(f"{url}/api/jobs/{name}", header, method="DELETE")
+            if told["status"] != "SUCCEEDED":
+                raise OSError(f"the job {name} (`true`) ended as {told['status']}: {told['message']}")
+        names = _ray_checks(url, header)  # of an attempt before this one, which broke off
+
+
+def _ray_checks(url: str, header: Mapping[str, str]) -> list[str]:
+    names = [job["submission_id"] or "" for job in ask(f"{url}/api/jobs/", header)]
+    return [name for name in names if name.startswith(RAY_JOB)]
 
 
 # --- HTTP without libraries -----------------------------------------------------------------------------------------

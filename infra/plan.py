@@ -97,6 +97,8 @@ def _leave_taken_ports(part: str, state: State) -> list[str]:
     """Chooses again where another program listens by now; says so in words."""
     moves = []
     running = state.running.get(part)
+    if running:
+        processes.wait_for_ending(running)
     own = _listening(running) if running else set()
     for name in PORTS[part]:
         old = state.ports[name]

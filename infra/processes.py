@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,14 @@ def alive(running: Running) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and _leads(process, running)
     except psutil.NoSuchProcess:  # ZombieProcess is one
         return False
+
+
+def wait_for_ending(running: Running, patience_s: float = 10.0) -> None:
+    """A process that was killed loses its environment at once, its ports some moments later: waits for the latter."""
+    with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+        process = psutil.Process(running.pid)
+        if abs(_born(process) - running.born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE and not alive(running):
+            process.wait(patience_s)
 
 
 def wait_until_serving(server: Server, running: Running, log: Path) -> float:

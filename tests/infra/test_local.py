@@ -12,7 +12,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.error import HTTPError
@@ -204,50 +203,57 @@ raise SystemExit(local.main(sys.argv[1:]))
 """
 
 
-def test_a_head_with_running_jobs_is_never_replaced_unasked(stack, tmp_path):
+@pytest.fixture
+def busy(stack, tmp_path) -> Iterator[subprocess.Popen[bytes]]:
+    """Someone follows a job that is at work; afterwards the job is stopped."""
     (tmp_path / "busy.py").write_text("import time\nprint('at work', flush=True)\ntime.sleep(600)\n")
     command = [sys.executable, "-m", "infra.local", "run", "--", sys.executable, "-m", "jobs.submit", "--"]
+    job = subprocess.Popen([*command, "python", "busy.py"], env=stack.env, cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        assert job.stdout is not None
+        while (line := job.stdout.readline()) != b"at work\n":
+            assert line, "the job ended"
+        yield job
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=120)
+    finally:
+        job.kill()
+        job.communicate()
+
+
+def test_a_head_with_running_jobs_is_never_replaced_unasked(stack, busy):
     before = stack.state
     (dashboard,) = [
         process
         for process in processes.session(before.running["ray"])
         if any(word.endswith("/dashboard/dashboard.py") for word in process.cmdline())
     ]
-    with subprocess.Popen(
-        [*command, "python", "busy.py"], env=stack.env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as job:
-        assert job.stdout is not None
-        while job.stdout.readline() not in (b"at work\n", b""):
-            pass
-        dashboard.suspend()  # the job server hangs, as on a machine that swaps; the job goes on
-        try:
-            hangs = subprocess.run(
-                [sys.executable, "-c", UP_AT_ONCE, "up"], env=stack.env, capture_output=True, text=True, timeout=400
-            )
-        finally:
-            dashboard.resume()
-        assert hangs.returncode == 2, hangs.stdout
-        assert "does not answer" in hangs.stderr
-        assert "`python busy.py`" in hangs.stderr
-        assert "up --replace" in hangs.stderr
-        assert "Traceback" not in hangs.stderr
-        assert stack.state == before
+    dashboard.suspend()  # the job server hangs, as on a machine that swaps; the job goes on
+    try:
+        command = [sys.executable, "-c", UP_AT_ONCE, "up"]
+        hangs = subprocess.run(command, env=stack.env, capture_output=True, text=True, timeout=400, check=False)
+    finally:
+        dashboard.resume()
+    assert hangs.returncode == 2, hangs.stdout
+    assert "does not answer" in hangs.stderr
+    assert "`python busy.py`" in hangs.stderr
+    assert "up --replace" in hangs.stderr
+    assert "Traceback" not in hangs.stderr
+    assert stack.state == before
 
-        _kill(before.running["s3"])
-        with _taken(before.ports["s3"]):
-            moved = stack.command("up")
-        assert moved.returncode == 2
-        assert f"port {before.ports['s3']} (s3) is used by another program" in moved.stderr
-        assert "`python busy.py`" in moved.stderr
-        assert stack.state == before, "S3 may come back where the job looks for it"
-        assert job.poll() is None
+    _kill(before.running["s3"])
+    with _taken(before.ports["s3"]):
+        moved = stack.command("up")
+    assert moved.returncode == 2, moved.stdout
+    assert f"port {before.ports['s3']} (s3) is used by another program" in moved.stderr
+    assert "`python busy.py`" in moved.stderr
+    assert stack.state == before, "S3 may come back where the job looks for it"
+    assert busy.poll() is None
 
-        back = stack.command("up")
-        assert back.returncode == 0, back.stdout + back.stderr
-        assert stack.state.running["ray"] == before.running["ray"]
-        assert job.poll() is None
-        job.send_signal(signal.SIGTERM)
-        job.communicate(timeout=120)
+    back = stack.command("up")
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert stack.state.running["ray"] == before.running["ray"]
+    assert busy.poll() is None
 
 
 def test_a_dead_part_is_named_and_comes_back_with_its_data_even_on_another_port(stack):
@@ -290,10 +296,9 @@ def test_a_dead_part_is_named_and_comes_back_with_its_data_even_on_another_port(
 
 
 def _kill(running: Running) -> None:
-    psutil.Process(running.pid).kill()
-    psutil.wait_procs(processes.session(running), timeout=30)
-    while processes.alive(running):
-        time.sleep(0.05)
+    leader = psutil.Process(running.pid)
+    leader.kill()
+    leader.wait(timeout=30)  # until then it holds its ports
 
 
 @contextmanager
