@@ -194,3 +194,14 @@ def test_finite_gradients_whose_norm_overflows_are_refused_too(line: tuple[nn.Li
     layer(torch.tensor([[3e38, 3e38]])).sum().backward()
     with pytest.raises(NonFiniteError, match="overflowed"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("bad", "words"), [(1, "of net.0.weight is"), (3, "of net.0.weight and of 2 more tensors is")])
+def test_the_first_of_several_bad_gradients_is_named_and_the_others_are_counted(bad: int, words: str) -> None:
+    layers = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(4)])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1.0)
+    guard_optimizers({"net": layers}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 1")
+    for i, parameter in enumerate(layers.parameters()):
+        parameter.grad = torch.full((1, 1), math.nan if i < bad else 1.0)
+    with pytest.raises(NonFiniteError, match=words):
+        optimizer.step()
