@@ -237,3 +237,31 @@ def test_a_split_without_rows_is_named() -> None:
     manifest = Manifest("m", {"extra": ()}, (1, 2, 2), "raw", ("a",), (0.0,), {}, "")
     with pytest.raises(FigmentError, match="split 'extra' of data set 'm' has no rows"):
         training_plan(manifest, "extra", seed=0, shuffle_shards=1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "cursor", "workers"),
+    [
+        (Plan((5,), 0, 1), Cursor(2, rows=4, epoch=2, pending=((0, 2, 5),)), 3),
+        (Plan((1,), 0, 1), Cursor(5, rows=4, epoch=2, pending=((0, 0, 1),)), 6),
+    ],
+)
+def test_resizing_while_one_worker_is_an_epoch_ahead_of_another_loses_nothing(
+    plan: Plan, cursor: Cursor, workers: int
+) -> None:
+    """Seldom met by the property above: what one has taken of its epoch says nothing about the next one's chunk."""
+    resized = cursor.resize(plan, workers)
+    before, after = (
+        Counter(
+            (epoch, position)
+            for rank in range(c.world_size)
+            for epoch, start, stop in _until(plan, c, rank, resized.epoch)
+            for position in range(start, stop)
+        )
+        for c in (cursor, resized)
+    )
+    assert after == before
+
+
+def test_a_window_may_be_exactly_full() -> None:
+    assert [len(window.shards) for window in Plan((5, 5, 5, 5), 0, 4, window_rows=10).windows(0)] == [2, 2]

@@ -116,6 +116,7 @@ def test_each_worker_gets_back_its_own_buffers_and_torchs_global_random_state(st
 
         def gather(own: dict[str, str]) -> list[dict[str, str]]:
             written.append(own)
+            assert len(own) == (3 if len(written) == 2 else 1), "weights and optimisers are the first worker's to write"
             return written
 
         torch.manual_seed(100 + rank)

@@ -146,16 +146,20 @@ def _together(rank: int, world: int, folder: str) -> None:
     meter = Meter(0)
     meter.add({"loss": torch.tensor(1.0 + 2 * rank)})
     meter.add({"loss": torch.tensor(3.0 + 4 * rank)})
-    torch.save((gather({"rank": rank}), from_first(f"of {rank}"), meter.read(20, 0.0)["loss"]), f"{folder}/{rank}.pt")
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 5.0 + rank)
+    broadcast_from_first({"layer": layer})
+    values = gather({"rank": rank}), from_first(f"of {rank}"), layer.weight.item(), meter.read(20, 0.0)["loss"]
+    torch.save(values, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_workers_see_each_others_values_and_log_their_common_mean(tmp_path: Path) -> None:
     mp.spawn(_together, (2, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        everyone, from_the_first, loss = torch.load(tmp_path / f"{rank}.pt")
+        everyone, from_the_first, weight, loss = torch.load(tmp_path / f"{rank}.pt")
         assert everyone == [{"rank": 0}, {"rank": 1}]
-        assert from_the_first == "of 0"
+        assert (from_the_first, weight) == ("of 0", 5.0)
         assert loss == pytest.approx((1 + 3 + 3 + 7) / 4)
 
 
