@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pyarrow import fs as pafs
 
 from models.contract import Batch, Metrics
 from pipelines.config import RunSpec
-from pipelines.objects import children
+from pipelines.objects import children, read_json, read_object, write_json
 from pipelines.training.ema import Ema
 from pipelines.training.reporter import Reporter
 from pipelines.training.worker import Launch, Meter, Place, TrainingLoop
@@ -95,8 +96,9 @@ def test_the_loop_logs_evaluates_and_saves_when_a_multiple_is_passed_and_at_the_
 def test_the_meter_tells_means_and_speed_of_its_own_interval() -> None:
     began = time.perf_counter()
     meter = Meter(100)
+    kept = torch.tensor(0.0)
     for loss in (1.0, 4.0):
-        meter.add({"loss": torch.tensor(loss)})
+        meter.add({"loss": kept.fill_(loss)})  # a model may write each step's figure into the same tensor
     before_read = time.perf_counter()
     first = meter.read(140, stall_seconds=2.0)
     assert first["loss"] == 2.5
@@ -165,3 +167,19 @@ def test_two_workers_and_then_one_see_every_image_of_an_epoch_once(store: pafs.F
     assert any("1 worker(s) go on instead of 2" in line for line in reporter.said)
     assert len(set(seen[:70])) == 70
     assert len(set(seen[70:])) == 10
+
+
+def test_each_worker_goes_on_with_the_random_states_that_were_its_own(store: pafs.FileSystem) -> None:
+    states = {}
+    for rank in (1, 0):
+        loop = _of(rank, 2, store, toy_spec("vae"))
+        _step(loop)
+        states[rank] = loop.state.generator.get_state()
+        loop.save()
+    where = f"{loop.checkpoint_path}/bundle.json"
+    body = read_json(store, where)
+    others = hashlib.sha256(read_object(store, f"{loop.checkpoint_path}/rank-00001.pt")).hexdigest()
+    write_json(store, where, {**body, "files": {**body["files"], "rank-00001.pt": others}})  # as when both were there
+    for rank, state in states.items():
+        assert torch.equal(_of(rank, 2, store, toy_spec("vae")).state.generator.get_state(), state)
+    assert not torch.equal(states[0], states[1])

@@ -147,7 +147,8 @@ def test_evaluation_is_the_mean_over_every_held_out_image(store: pafs.FileSystem
         images, labels = next(batches)
     assert isinstance(loop.learner, Evaluates)
     generator = torch.Generator().manual_seed(derived_seed(loop.spec.training.seed, "evaluation"))
-    with loop.averaged_weights(), torch.no_grad():
+    assert loop.state.ema is not None
+    with loop.state.ema.swapped_in(), torch.no_grad():
         values = loop.learner.evaluate(Batch(torch.from_numpy(images), torch.from_numpy(labels), 0), generator)
     assert len(values["elbo"]) == 43
     for name, value in values.items():
@@ -262,14 +263,16 @@ class GpuLike(torch.Generator):
         return torch.zeros(16, dtype=torch.uint8)
 
 
-def test_a_launch_that_was_taken_over_writes_no_checkpoint(store: pafs.FileSystem) -> None:
+def test_a_launch_that_was_taken_over_writes_no_checkpoint_any_more(store: pafs.FileSystem) -> None:
     launch = Launch("taken", toy_spec("vae", images=60), store, toy_dataset(store), fence=1)
     loop = TrainingLoop(launch, HERE, Reporter())
-    record = {"fence": 2, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
+    record = {"fence": 1, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
     write_json(store, launch.lease, record)
+    loop.save()
+    write_json(store, launch.lease, {**record, "fence": 2})
     with pytest.raises(TakenOverError, match="'taken' was taken over by another launch"):
         loop.run()
-    assert children(store, f"{launch.folder}/checkpoints") == []
+    assert children(store, f"{launch.folder}/checkpoints") == ["000000000000-00001"], "the one from before"
 
 
 def test_a_finished_run_leaves_what_a_person_looks_at(store: pafs.FileSystem) -> None:
