@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def kept(stack) -> None:
 @pytest.fixture(scope="module")
 def doors(stack) -> dict[str, Any]:
     """Every socket that any process of the stack listens at: port -> part, and the paths of unix sockets."""
+    deadline = time.monotonic() + 300
+    while True:
+        ports, sockets, titles = _listening(stack)
+        if "ray::IDLE" in titles:  # the ports of workers are among them; Ray starts and ends spare ones as it likes
+            return {"ports": ports, "sockets": sorted(sockets)}
+        assert time.monotonic() < deadline, f"no worker of Ray among {sorted(titles)}"
+        time.sleep(0.5)
+
+
+def _listening(stack) -> tuple[dict[int, str], set[str], set[str]]:
+    """(port -> part, unix sockets, first words of the processes' titles)."""
     ports, sockets, titles = {}, set(), set()
     for part, process in stack.processes():
         try:
@@ -80,8 +92,7 @@ def doors(stack) -> dict[str, Any]:
             elif connection.status == psutil.CONN_LISTEN:
                 ports[connection.laddr.port] = part
                 titles.add(title.split()[0])
-    assert "ray::IDLE" in titles, "the ports of workers are among them"
-    return {"ports": ports, "sockets": sorted(sockets)}
+    return ports, sockets, titles
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from pipelines.data.plan import (
     WINDOW_BYTES,
     Cursor,
     Plan,
+    _coalesce,
     evaluation_share,
     rank_segments,
     training_plan,
@@ -54,6 +55,7 @@ def test_every_epoch_is_a_permutation_of_all_rows(plan: Plan, epoch: int) -> Non
     everything = [(shard, row) for shard, rows in enumerate(plan.shard_rows) for row in range(rows)]
     assert sorted(epoch_order(plan, epoch)) == everything
     windows = plan.windows(epoch)
+    assert all(plan.shard_rows[shard] for window in windows for shard in window.shards), "no shard is read for nothing"
     assert [w.start for w in windows] == [0, *(w.stop for w in windows[:-1])]
     assert windows[-1].stop == plan.rows
     for window in windows:
@@ -85,6 +87,7 @@ def test_a_restart_goes_on_at_the_next_row(plan: Plan, world: int, first: int, s
     cursor = Cursor.start(world)
     later = Cursor.from_dict(json.loads(json.dumps(cursor.advance(first).advance(second).to_dict())))
     for rank in range(world):
+        assert all(start < stop for _, start, stop in islice(rank_segments(plan, later, rank), 5)), "none is empty"
         assert take(plan, later, rank, n) == take(plan, cursor, rank, first + second + n)[first + second :]
 
 
@@ -100,6 +103,7 @@ def test_resizing_keeps_every_row_exactly_once(plan: Plan, phases: list[tuple[in
     cursor = cursor.resize(plan, last)
     epochs = max([cursor.epoch, *(epoch for epoch, _ in seen)]) + 1  # on to the end of every epoch that was begun
     for rank in range(last):
+        assert all(start < stop for _, start, stop in islice(rank_segments(plan, cursor, rank), 5)), "none is empty"
         seen.update((e, p) for e, start, stop in _until(plan, cursor, rank, epochs) for p in range(start, stop))
     assert seen == Counter((e, p) for e in range(epochs) for p in range(plan.rows))
 
@@ -138,6 +142,7 @@ def test_going_on_after_very_many_rows_is_quick_and_exact(plan: Plan, extra: int
 @given(shard_rows, st.integers(1, 9))
 def test_evaluation_shares_are_the_stored_order_cut_evenly(rows: tuple[int, ...], world: int) -> None:
     shares = [evaluation_share(rows, world, rank) for rank in range(world)]
+    assert all(lo < hi for share in shares for _, lo, hi in share)
     read = [(shard, row) for share in shares for shard, lo, hi in share for row in range(lo, hi)]
     assert read == [(shard, row) for shard, n in enumerate(rows) for row in range(n)]
     sizes = [sum(hi - lo for _, lo, hi in share) for share in shares]
@@ -204,3 +209,59 @@ def test_impossible_plans_are_refused(shards: tuple[int, ...], seed: int, shuffl
 def test_an_unreadable_cursor_is_named(broken: dict) -> None:
     with pytest.raises(FigmentError, match="data cursor"):
         Cursor.from_dict(broken)
+
+
+@given(plans, st.integers(0, 50), st.data())
+def test_a_segment_is_covered_by_the_windows_row_by_row(plan: Plan, epoch: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, plan.rows))
+    stop = data.draw(st.integers(start, plan.rows))
+    pieces = list(plan.cover((epoch, start, stop)))
+    assert all(0 <= lo < hi <= window.stop - window.start for window, lo, hi in pieces)
+    assert [window.start + i for window, lo, hi in pieces for i in range(lo, hi)] == list(range(start, stop))
+
+
+def test_what_is_pending_is_joined_within_an_epoch_and_never_across_two() -> None:
+    assert _coalesce([(1, 4, 6), (0, 2, 2), (0, 2, 4), (0, 0, 2), (1, 6, 9)]) == ((0, 0, 4), (1, 4, 9))
+    assert _coalesce([(0, 0, 2), (0, 3, 4), (2, 3, 3)]) == ((0, 0, 2), (0, 3, 4))
+
+
+def test_ranks_and_workers_that_there_are_not_are_refused() -> None:
+    for rank in (-1, 3):
+        with pytest.raises(ValueError, match="not one of the 3"):
+            next(rank_segments(Plan((5,), 0, 1), Cursor.start(3), rank))
+    with pytest.raises(ValueError, match="1 or more"):
+        Cursor.start(0)
+
+
+def test_a_split_without_rows_is_named() -> None:
+    manifest = Manifest("m", {"extra": ()}, (1, 2, 2), "raw", ("a",), (0.0,), {}, "")
+    with pytest.raises(FigmentError, match="split 'extra' of data set 'm' has no rows"):
+        training_plan(manifest, "extra", seed=0, shuffle_shards=1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "cursor", "workers"),
+    [
+        (Plan((5,), 0, 1), Cursor(2, rows=4, epoch=2, pending=((0, 2, 5),)), 3),
+        (Plan((1,), 0, 1), Cursor(5, rows=4, epoch=2, pending=((0, 0, 1),)), 6),
+    ],
+)
+def test_resizing_while_one_worker_is_an_epoch_ahead_of_another_loses_nothing(
+    plan: Plan, cursor: Cursor, workers: int
+) -> None:
+    """Seldom met by the property above: what one has taken of its epoch says nothing about the next one's chunk."""
+    resized = cursor.resize(plan, workers)
+    before, after = (
+        Counter(
+            (epoch, position)
+            for rank in range(c.world_size)
+            for epoch, start, stop in _until(plan, c, rank, resized.epoch)
+            for position in range(start, stop)
+        )
+        for c in (cursor, resized)
+    )
+    assert after == before
+
+
+def test_a_window_may_be_exactly_full() -> None:
+    assert [len(window.shards) for window in Plan((5, 5, 5, 5), 0, 4, window_rows=10).windows(0)] == [2, 2]

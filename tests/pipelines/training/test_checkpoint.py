@@ -17,10 +17,18 @@ import models
 from models.contract import Batch, ImageShape, Metrics
 from pipelines.data.plan import Cursor
 from pipelines.errors import FigmentError
-from pipelines.objects import read_json, read_object, write_json, write_object
-from pipelines.training.checkpoint import Bundle, TrainingState, load_bundle, restore, save_bundle
+from pipelines.objects import exists, read_json, read_object, write_json, write_object
+from pipelines.training.checkpoint import (
+    Bundle,
+    TrainingState,
+    load_bundle,
+    load_networks,
+    network_tensors,
+    restore,
+    save_bundle,
+)
 from pipelines.training.ema import Ema
-from pipelines.training.history import bundle_path, highest_fence, newest_bundle, prune_bundles
+from pipelines.training.history import bundle_path, newest_bundle
 from tests.pipelines.training.toys import MODELS_IN_SMALL, toy_spec
 
 SHAPE = ImageShape(1, 8, 8)
@@ -108,12 +116,14 @@ def test_each_worker_gets_back_its_own_buffers_and_torchs_global_random_state(st
 
         def gather(own: dict[str, str]) -> list[dict[str, str]]:
             written.append(own)
+            assert len(own) == (3 if len(written) == 2 else 1), "weights and optimisers are the first worker's to write"
             return written
 
         torch.manual_seed(100 + rank)
         torch.rand(7)
         save_bundle(store, _bundle("vae", 24), states[rank], rank, gather)
         expected.append(states[rank].learner.step(None, None)["noise"])  # type: ignore[arg-type]
+        assert exists(store, f"{_path(24)}/bundle.json") == (rank == 0), "the first worker alone makes it valid"
     for rank, mean, noise in ((1, 2.5, expected[0]), (0, 1.5, expected[1])):
         torch.manual_seed(5)
         again = TrainingState(Noisy(0.0), None, Generator())
@@ -140,7 +150,8 @@ def test_a_bundle_is_not_valid_before_every_worker_has_written_its_file(store: p
             load_bundle(store, _path(24))
         return [own, {"rank-00001.pt": "0" * 64}]
 
-    save_bundle(store, _bundle("vae", 24), _state("vae", 1), 0, gather)
+    for _ in ("first", "again, over one that was damaged"):
+        save_bundle(store, _bundle("vae", 24), _state("vae", 1), 0, gather)
     assert load_bundle(store, _path(24)).files.keys() == {
         *("networks.safetensors", "ema.safetensors", "optimizers.pt", "rank-00000.pt", "rank-00001.pt")
     }
@@ -211,6 +222,10 @@ def test_a_bundle_of_the_first_version_still_gives_its_weights(store: pafs.FileS
     del body["files"]["rank-00000.pt"]
     write_json(store, f"{_path(24)}/bundle.json", {**body, "format": "figment-bundle-1"})
     store.move(_path(24), f"{RUN}/checkpoints/{24:012d}")  # names had no fence
+    _save(store, _bundle("vae", 12, fence=1), saved)
+    newest, _ = newest_bundle(store, RUN)
+    assert newest is not None and newest.bundle.path == _path(12, 1), "any launch that owned the run is later"
+    store.delete_dir(_path(12, 1))
     again = _state("vae", 2)
     reason = _restore(store, again)
     assert reason is not None and "no random states of worker 0" in reason
@@ -220,50 +235,6 @@ def test_a_bundle_of_the_first_version_still_gives_its_weights(store: pafs.FileS
 def _same_weights(a: TrainingState, b: TrainingState) -> None:
     for x, y in zip(a.learner.networks().values(), b.learner.networks().values(), strict=True):
         assert all(torch.equal(tensor, y.state_dict()[name]) for name, tensor in x.state_dict().items())
-
-
-def test_pruning_keeps_the_newest_and_clears_what_a_kill_left(store: pafs.FileSystem) -> None:
-    state = _state("vae", 1)
-    for images in (10, 20, 30, 40):
-        _save(store, _bundle("vae", images), state)
-    store.delete_file(f"{_path(20)}/bundle.json")
-    prune_bundles(store, RUN, keep=2, fence=0)
-    assert _left(store) == [30, 40]
-
-
-def _left(fs: pafs.FileSystem) -> list[int]:
-    found = fs.get_file_info(pafs.FileSelector(f"{RUN}/checkpoints"))
-    return sorted(int(info.base_name.partition("-")[0]) for info in found)
-
-
-def test_what_else_lies_among_the_checkpoints_is_neither_taken_nor_removed(store: pafs.FileSystem) -> None:
-    state = _state("vae", 1)
-    for images in (10, 20, 30):
-        _save(store, _bundle("vae", images), state)
-    root = f"{RUN}/checkpoints"
-    store.create_dir(f"{root}/best")
-    pafs.copy_files(_path(10), f"{root}/best", source_filesystem=store, destination_filesystem=store)
-    for stray in ("000000000005", "notes.txt", "000000000040-00000"):
-        write_object(store, f"{root}/{stray}", b"a file")
-    newest, _ = newest_bundle(store, RUN)
-    assert newest is not None and newest.bundle.path == _path(30)
-    prune_bundles(store, RUN, keep=1, fence=0)
-    left = {info.base_name for info in store.get_file_info(pafs.FileSelector(root))}
-    assert left == {"best", "000000000005", "notes.txt", "000000000040-00000", Path(_path(30)).name}
-
-
-def test_the_later_launch_counts_and_an_earlier_one_cannot_remove_what_it_wrote(store: pafs.FileSystem) -> None:
-    state = _state("vae", 1)
-    for images, fence in ((10, 1), (20, 1), (15, 2), (30, 1)):  # the first launch did not notice that it was over
-        _save(store, _bundle("vae", images, fence), state)
-    newest, _ = newest_bundle(store, RUN)
-    assert newest is not None and newest.bundle.path == _path(15, 2)
-    prune_bundles(store, RUN, keep=1, fence=1)
-    assert _left(store) == [15, 30]
-    prune_bundles(store, RUN, keep=1, fence=2)
-    assert _left(store) == [15]
-    write_object(store, f"{_path(5, 7)}/rank-00000.pt", b"half a checkpoint")
-    assert (highest_fence(store, RUN), highest_fence(store, "runs/new")) == (7, 0)
 
 
 def test_code_in_a_state_file_is_not_run(store: pafs.FileSystem, tmp_path: Path) -> None:
@@ -323,3 +294,20 @@ def test_a_bundle_says_in_json_what_it_is(store: pafs.FileSystem) -> None:
     _save(store, _bundle("vae", 24, fence=3), _state("vae", 1))
     body = json.loads(read_object(store, f"{RUN}/checkpoints/000000000024-00003/bundle.json"))
     assert (body["images_seen"], body["dataset"], body["format"]) == (24, "toy@1", "figment-bundle-2")
+
+
+def test_samples_are_drawn_from_the_average_where_there_is_one_and_damage_is_named(store: pafs.FileSystem) -> None:
+    state = _state("vae", 1)
+    _train(state, 3)
+    bundle = _save(store, _bundle("vae", 24), state)
+    plain = _save(store, _bundle("vae", 48), replace(state, ema=None))
+    assert state.ema is not None
+    weights, average = network_tensors(state.learner.networks()), state.ema.state
+    for taken, averaged, expected in ((bundle, True, average), (bundle, False, weights), (plain, True, weights)):
+        networks = _state("vae", 2).learner.networks()
+        load_networks(store, taken, networks, averaged=averaged)
+        assert all(torch.equal(t, expected[name]) for name, t in network_tensors(networks).items())
+    assert any(not torch.equal(t, weights[name]) for name, t in average.items())
+    _flip(store, f"{_path(24)}/ema.safetensors")
+    with pytest.raises(FigmentError, match=r"ema.safetensors .*sha256.*choose another checkpoint"):
+        load_networks(store, bundle, networks, averaged=True)

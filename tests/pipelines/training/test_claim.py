@@ -10,7 +10,7 @@ from pyarrow import fs as pafs
 from pipelines.config import RunSpec
 from pipelines.data.manifest import Manifest, save_manifest
 from pipelines.errors import FigmentError
-from pipelines.objects import write_json, write_object
+from pipelines.objects import read_json, write_json, write_object
 from pipelines.training.claim import claim, data_of, finished
 from pipelines.training.reporter import Outcome
 from tests.pipelines.training.toys import DATASET, toy_dataset, toy_spec
@@ -39,8 +39,11 @@ def test_a_run_goes_on_with_the_version_that_it_began_with_and_says_that_there_i
 ) -> None:
     began = toy_dataset(store)
     said: list[str] = []
-    assert data_of(store, "n", _spec(), said.append).version == began.version
-    claim(store, "n", _spec(), began)
+    assert finished(store, "n", _spec()) is None, "the name is free"
+    for _ in ("before", "after"):
+        assert data_of(store, "n", _spec(), said.append).version == began.version
+        claim(store, "n", _spec(), began)
+    assert not said, "there is no newer version yet"
     newer = _newer(store, began)
     assert data_of(store, "other", _spec(), said.append).version == newer.version
     assert not said
@@ -58,7 +61,7 @@ def test_the_version_can_be_named_and_no_other_one_is_taken(store: pafs.FileSyst
     assert finished(store, "n", _spec(f"{DATASET}@{began.version[:6]}")) is None
     with pytest.raises(FigmentError, match=rf"data set version {DATASET}@{began.version} -> {DATASET}@{newer.version}"):
         finished(store, "n", _spec(f"{DATASET}@{newer.version}"))
-    with pytest.raises(FigmentError, match=r"training.seed 3 -> 4"):
+    with pytest.raises(FigmentError, match=r"other settings \(training\.seed 3 -> 4\)"):
         finished(store, "n", replace(_spec(), training=replace(_spec().training, seed=4)))
     with pytest.raises(FigmentError, match=r"data.dataset toy -> to"):
         finished(store, "n", _spec("to"))
@@ -82,4 +85,16 @@ def test_a_finished_run_is_shown_whatever_became_of_its_data_and_a_longer_one_na
 def test_a_damaged_claim_is_named(body: bytes, store: pafs.FileSystem) -> None:
     write_object(store, "runs/n/run.json", body)
     with pytest.raises(FigmentError, match=r"runs/n/run.json cannot be read .* choose another --name"):
+        finished(store, "n", _spec())
+
+
+def test_a_claim_of_a_version_of_figment_that_had_other_settings_is_compared_all_the_same(
+    store: pafs.FileSystem,
+) -> None:
+    claim(store, "n", _spec(), toy_dataset(store))
+    known = read_json(store, "runs/n/run.json")
+    del known["spec"]["visuals"]
+    known["spec"]["training"]["schedule"] = {"warmup": 5}
+    write_json(store, "runs/n/run.json", {**known, "identity": "of that version"})
+    with pytest.raises(FigmentError, match=r"training.schedule \{'warmup': 5\} -> None; visuals None -> \{"):
         finished(store, "n", _spec())

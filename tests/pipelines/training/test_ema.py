@@ -65,3 +65,11 @@ def test_buffers_are_copied_not_averaged() -> None:
     assert torch.equal(ema.state["norm.running_mean"], norm.running_mean)
     assert ema.state["norm.num_batches_tracked"] == 1
     torch.testing.assert_close(ema.state["norm.weight"], torch.full((2,), 2.0))  # half of 1, half of 3
+
+
+def test_the_very_first_images_of_a_run_have_a_half_life_below_one() -> None:
+    layer = _network(0.0)
+    ema = Ema({"net": layer}, half_life=100)
+    nn.init.constant_(layer.weight, 1.0)
+    ema.update(images=1, images_seen=5)  # half-life 0.5: two of them
+    torch.testing.assert_close(ema.state["net.weight"], torch.tensor([[0.75]]))

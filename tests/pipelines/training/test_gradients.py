@@ -146,16 +146,20 @@ def _together(rank: int, world: int, folder: str) -> None:
     meter = Meter(0)
     meter.add({"loss": torch.tensor(1.0 + 2 * rank)})
     meter.add({"loss": torch.tensor(3.0 + 4 * rank)})
-    torch.save((gather({"rank": rank}), from_first(f"of {rank}"), meter.read(20, 0.0)["loss"]), f"{folder}/{rank}.pt")
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 5.0 + rank)
+    broadcast_from_first({"layer": layer})
+    values = gather({"rank": rank}), from_first(f"of {rank}"), layer.weight.item(), meter.read(20, 0.0)["loss"]
+    torch.save(values, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_workers_see_each_others_values_and_log_their_common_mean(tmp_path: Path) -> None:
     mp.spawn(_together, (2, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        everyone, from_the_first, loss = torch.load(tmp_path / f"{rank}.pt")
+        everyone, from_the_first, weight, loss = torch.load(tmp_path / f"{rank}.pt")
         assert everyone == [{"rank": 0}, {"rank": 1}]
-        assert from_the_first == "of 0"
+        assert (from_the_first, weight) == ("of 0", 5.0)
         assert loss == pytest.approx((1 + 3 + 3 + 7) / 4)
 
 
@@ -193,4 +197,15 @@ def test_finite_gradients_whose_norm_overflows_are_refused_too(line: tuple[nn.Li
     guard_optimizers({"net": layer}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 1")
     layer(torch.tensor([[3e38, 3e38]])).sum().backward()
     with pytest.raises(NonFiniteError, match="overflowed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("bad", "words"), [(1, "of net.0.weight is"), (3, "of net.0.weight and of 2 more tensors is")])
+def test_the_first_of_several_bad_gradients_is_named_and_the_others_are_counted(bad: int, words: str) -> None:
+    layers = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(4)])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1.0)
+    guard_optimizers({"net": layers}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 1")
+    for i, parameter in enumerate(layers.parameters()):
+        parameter.grad = torch.full((1, 1), math.nan if i < bad else 1.0)
+    with pytest.raises(NonFiniteError, match=words):
         optimizer.step()

@@ -75,6 +75,9 @@ def test_a_run_that_is_killed_and_repeated_equals_an_uninterrupted_one_to_the_bi
     assert resumed.images_seen == 120
     resumed.run()
 
+    of_whole, of_killed = _newest(store, "whole"), _newest(store, "killed")
+    assert (of_whole.step, of_whole.cursor) == (of_killed.step, of_killed.cursor)
+    assert of_whole.step == 240 // spec.training.batch_size
     whole, again = _files(store, "whole"), _files(store, "killed")
     assert whole.keys() == again.keys()
     for name in ("networks.safetensors", "ema.safetensors"):
@@ -136,12 +139,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoi
 def test_evaluation_is_the_mean_over_every_held_out_image(store: pafs.FileSystem) -> None:
     manifest = toy_dataset(store, test=43)
     loop = TrainingLoop(Launch("v", toy_spec("vae"), store, manifest), HERE, Reporter())
+    with torch.no_grad():  # the weights are no longer their average, and the average is what is evaluated
+        for parameter in loop.learner.networks()["decoder"].parameters():
+            parameter.add_(0.1)
     got = loop.evaluate()
     with evaluation_batches(store, manifest, "test", world_size=1, rank=0, batch_size=43) as batches:
         images, labels = next(batches)
     assert isinstance(loop.learner, Evaluates)
     generator = torch.Generator().manual_seed(derived_seed(loop.spec.training.seed, "evaluation"))
-    with loop.averaged_weights(), torch.no_grad():
+    assert loop.state.ema is not None
+    with loop.state.ema.swapped_in(), torch.no_grad():
         values = loop.learner.evaluate(Batch(torch.from_numpy(images), torch.from_numpy(labels), 0), generator)
     assert len(values["elbo"]) == 43
     for name, value in values.items():
@@ -199,13 +206,16 @@ class TwiceCritic:
         return {"first": seen[0], "second": seen[1]}
 
 
-def test_a_second_forward_pass_of_a_step_in_bf16_uses_the_updated_weights(store: pafs.FileSystem) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_second_forward_pass_of_a_step_uses_the_updated_weights_in_the_precision_asked_for(
+    precision: Any, dtype: torch.dtype, store: pafs.FileSystem
+) -> None:
     spec = toy_spec("vae")
-    loop = _loop(store, replace(spec, training=replace(spec.training, precision="bf16")), "twice")
+    loop = _loop(store, replace(spec, training=replace(spec.training, precision=precision)), "twice")
     loop.learner = TwiceCritic()  # type: ignore[assignment]
     loop.state = replace(loop.state, ema=None)
     got = loop._train_on(np.zeros((20, 1, 8, 8), np.uint8), np.zeros(20, np.int64))
-    assert got["first"].dtype == torch.bfloat16, "the step runs under autocast"
+    assert got["first"].dtype == dtype, "autocast is on for bf16 alone"
     assert (float(got["first"]), float(got["second"])) == (2.0, -2.0)  # w = 1, then w = 1 - 2
 
 
@@ -235,12 +245,14 @@ class Saying(Reporter):
 def test_a_run_resumed_on_another_kind_of_device_says_so_and_draws_new_noise(store: pafs.FileSystem) -> None:
     spec = toy_spec("vae", images=60)
     first = _loop(store, spec, "moved")
+    first._train_on(np.zeros((20, 1, 8, 8), np.uint8), np.zeros(20, np.int64))
     first.state = replace(first.state, generator=GpuLike())
     first.save()
     said: list[str] = []
     moved = TrainingLoop(Launch("moved", spec, store, toy_dataset(store)), HERE, Saying(said))
     assert any("another kind of device" in line and "from here on" in line for line in said)
-    assert moved.state.generator.initial_seed() == derived_seed(spec.training.seed, "step", 0)  # nothing was seen yet
+    assert moved.state.generator.initial_seed() == derived_seed(spec.training.seed, "step 20", 0), "not the run's first"
+    assert torch.initial_seed() == derived_seed(spec.training.seed, "torch 20", 0)
     moved.run()
 
 
@@ -251,14 +263,16 @@ class GpuLike(torch.Generator):
         return torch.zeros(16, dtype=torch.uint8)
 
 
-def test_a_launch_that_was_taken_over_writes_no_checkpoint(store: pafs.FileSystem) -> None:
+def test_a_launch_that_was_taken_over_writes_no_checkpoint_any_more(store: pafs.FileSystem) -> None:
     launch = Launch("taken", toy_spec("vae", images=60), store, toy_dataset(store), fence=1)
     loop = TrainingLoop(launch, HERE, Reporter())
-    record = {"fence": 2, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
+    record = {"fence": 1, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
     write_json(store, launch.lease, record)
+    loop.save()
+    write_json(store, launch.lease, {**record, "fence": 2})
     with pytest.raises(TakenOverError, match="'taken' was taken over by another launch"):
         loop.run()
-    assert children(store, f"{launch.folder}/checkpoints") == []
+    assert children(store, f"{launch.folder}/checkpoints") == ["000000000000-00001"], "the one from before"
 
 
 def test_a_finished_run_leaves_what_a_person_looks_at(store: pafs.FileSystem) -> None:
