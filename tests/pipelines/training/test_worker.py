@@ -206,7 +206,6 @@ class TwiceCritic:
         return {"first": seen[0], "second": seen[1]}
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_a_bundle_of_other_data_or_settings_is_not_gone_on_from(store: pafs.FileSystem) -> None:
     spec = toy_spec("vae", images=60)
     _loop(store, spec, "other").run()
@@ -216,6 +215,7 @@ def test_a_bundle_of_other_data_or_settings_is_not_gone_on_from(store: pafs.File
         TrainingLoop(Launch("other", spec, store, toy_dataset(store, train=50)), HERE, Reporter())
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_a_second_forward_pass_of_a_step_uses_the_updated_weights_in_the_precision_asked_for(
     precision: Any, dtype: torch.dtype, store: pafs.FileSystem
 ) -> None:
@@ -277,13 +277,13 @@ class GpuLike(torch.Generator):
 def test_a_launch_that_was_taken_over_writes_no_checkpoint_any_more(store: pafs.FileSystem) -> None:
     launch = Launch("taken", toy_spec("vae", images=60), store, toy_dataset(store), fence=1, token="mine")
     loop = TrainingLoop(launch, HERE, Reporter())
-    record = {"fence": 1, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
+    record = {"fence": 1, "holder": "x", "token": "mine", "renewals": 0, "ttl_s": 1.0, "released": False}
     write_json(store, launch.lease, record)
     loop.save()
-    write_json(store, launch.lease, {**record, "fence": 2})
+    write_json(store, launch.lease, {**record, "fence": 2, "token": "another's"})
     with pytest.raises(TakenOverError, match="'taken' was taken over by another launch"):
         loop.run()
-    write_json(store, launch.lease, {**record, "token": "mine"})
+    write_json(store, launch.lease, record)
     launch.check_owner()
     store.delete_file(launch.lease)
     with pytest.raises(TakenOverError, match=r"lease.json was removed"):
