@@ -7,11 +7,17 @@ import json
 import os
 import secrets
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from infra.private import write_secret
 from infra.processes import Running
-from infra.servers import write_secret
+
+SOCKET_PATH = 103
+"""Characters that the path of a unix socket may have (one less than macOS has room for)."""
+
+RAY_SOCKET = "/session_2026-01-02_03-04-05_678901_1234567/sockets/dash_MetricsHead"
+"""The longest that Ray makes below its temp dir."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,16 @@ class Home:
         return self.folder / "logs" / f"{part}.log"
 
     @property
+    def private_folder(self) -> Path:
+        """For unix sockets: their paths must be short, so they lie neither in `folder` nor in a long TMPDIR."""
+        name = f"figment-{os.getuid()}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+        wanted = Path(tempfile.gettempdir()) / name
+        return wanted if len(f"{wanted}/r{RAY_SOCKET}") <= SOCKET_PATH else Path("/tmp") / name
+
+    @property
     def ray_folder(self) -> Path:
-        # Ray puts unix sockets there, whose paths may have 103 characters: so it cannot be inside of `folder`, nor in a
-        # long TMPDIR.
-        temp = tempfile.gettempdir()
-        name = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
-        return Path(temp if len(temp) <= 20 else "/tmp") / f"figment-{os.getuid()}-{name}"
+        # One level inside: Ray makes its folder, and those where the code of jobs lies, writable for everybody.
+        return self.private_folder / "r"
 
 
 def default_home() -> Home:
@@ -61,13 +71,16 @@ class State:
         if not home.state_file.exists():
             return State({}, {})
         body = json.loads(home.state_file.read_text())
-        return State(body["ports"], {part: Running(**value) for part, value in body["running"].items()})
+        known = {field.name for field in fields(Running)}  # another version may have written more
+        running = {
+            part: Running(**{name: value for name, value in values.items() if name in known})
+            for part, values in body["running"].items()
+        }
+        return State(body["ports"], running)
 
     def save(self, home: Home) -> None:
         body = {"ports": self.ports, "running": {part: asdict(value) for part, value in self.running.items()}}
-        fresh = home.state_file.with_suffix(".new")
-        fresh.write_text(json.dumps(body, indent=2))
-        fresh.replace(home.state_file)
+        write_secret(home.state_file, json.dumps(body, indent=2))
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import secrets
 import shutil
 import sys
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 from pyarrow import fs as pafs
 
+from infra import certificates, checks
+from infra.private import empty_folder, write_secret
 from infra.processes import Server
 
 BUCKET = "figment"
@@ -26,7 +25,7 @@ S3_ADMIN_PARTNER = 10000  # the server's own worker looks for the admin port tha
 MLFLOW_PORTS = ("mlflow",)
 RAY_PORTS = (
     *("ray", "dashboard", "agent", "agent_grpc", "ray_client"),
-    *("ray_metrics", "node_manager", "object_manager", "runtime_env"),
+    *("ray_metrics", "node_manager", "object_manager", "runtime_env", "autoscaler_metrics", "dashboard_metrics"),
 )
 
 QUIET = {
@@ -50,8 +49,22 @@ def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def s3_server(folder: Path, ports: Mapping[str, int], access_key: str, secret_key: str) -> Server:
-    """SeaweedFS as one process, with bucket `figment`; `ports` has a free port for each of `S3_PORTS`."""
+def s3_leftovers(ports: Mapping[str, int]) -> list[Path]:
+    """The unix sockets that SeaweedFS has beside its gRPC ports, in /tmp whatever it is told; a kill leaves them there.
+
+    Their mode, and the certificates, keep everybody else out.
+    """
+    grpc = {part: ports.get(f"{part}_grpc") for part in ("s3", "master", "volume", "filer")}
+    admin = ports.get("s3_admin")
+    grpc["admin"] = admin + S3_ADMIN_PARTNER if admin else None
+    return [Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock") for part, port in grpc.items() if port]
+
+
+def s3_server(folder: Path, ports: Mapping[str, int], access_key: str, secret_key: str, sockets: Path) -> Server:
+    """SeaweedFS as one process, with bucket `figment`; `ports` has a free port for each of `S3_PORTS`.
+
+    `sockets` is a folder that only this user may enter, with a short path. All ports but S3's want a certificate.
+    """
     options = {
         "dir": folder,
         "ip": HOST,
@@ -61,6 +74,8 @@ def s3_server(folder: Path, ports: Mapping[str, int], access_key: str, secret_ke
         "s3.port.grpc": ports["s3_grpc"],
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
+        "s3.localSocket": sockets / "s3.sock",
+        "filer.localSocket": sockets / "filer.sock",
         "s3.autoCreateBucket": "false",  # a typing error in a bucket's name must not make a bucket
         "master.port": ports["master"],
         "master.port.grpc": ports["master_grpc"],
@@ -76,25 +91,40 @@ def s3_server(folder: Path, ports: Mapping[str, int], access_key: str, secret_ke
     command = [program("weed"), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in options.items())]
     endpoint = f"{HOST}:{ports['s3']}"
 
-    def check() -> None:
-        s3 = pafs.S3FileSystem(
+    def client() -> pafs.FileSystem:
+        return pafs.S3FileSystem(
             access_key=access_key,
             secret_key=secret_key,
             region=REGION,
             endpoint_override=endpoint,
             scheme="http",
             connect_timeout=2,
+            request_timeout=10,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
         )
-        if s3.get_file_info(BUCKET).type != pafs.FileType.Directory:
-            raise FileNotFoundError(f"bucket {BUCKET} is not there yet")
 
+    keys = folder / "tls"
     environment = {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
-    # The servers behind the S3 one would serve every file to whoever asks their port: only who has these keys may ask.
+    environment |= certificates.environment(keys)
+    # Behind the certificates, a second lock: the volume server and the filer serve who brings a signature alone.
     for name in ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ"):
         environment[f"WEED_JWT_{name}_KEY"] = secrets.token_hex(24)
-    left = Path(f"/tmp/seaweedfs-s3-{ports['s3']}.sock")
-    return Server("S3 server", f"http://{endpoint}", command, environment, folder, check, leftovers=(left,))
+
+    def prepare() -> None:
+        sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        certificates.ensure(keys)
+
+    return Server(
+        "S3 server",
+        f"http://{endpoint}",
+        command,
+        environment,
+        folder,
+        answers=lambda: checks.s3_answers(client(), BUCKET),
+        works=lambda: checks.s3_works(client(), BUCKET),
+        prepare=prepare,
+        leftovers=[*s3_leftovers(ports), sockets / "s3.sock", sockets / "filer.sock"],
+    )
 
 
 def mlflow_server(
@@ -109,40 +139,51 @@ def mlflow_server(
 
     With `login` (user, password) whoever has no login is refused, also from the pages.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     command = [program("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", artifacts]
     command += ["--uvicorn-opts", "--log-level warning"]
     # Its job runners are for evaluating language models; they cost 800 MB.
     environment = {**QUIET, **storage, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    header = {}
+    header: dict[str, str] = {}
+    config, text = folder / "auth.ini", ""
     if login:
         user, password = login
-        config = folder / "auth.ini"
-        write_secret(
-            config,
+        text = (
             "[mlflow]\ndefault_permission = READ\n"
             f"database_uri = sqlite:///{folder}/auth.db\n"
             f"admin_username = {user}\nadmin_password = {password}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         )
         command += ["--app-name", "basic-auth"]
         environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": session_key}
-        header = basic_auth(user, password)
+        header = checks.basic_auth(user, password)
     url = f"http://{HOST}:{port}"
+    return Server(
+        "MLflow server",
+        url,
+        command,
+        environment,
+        folder,
+        answers=lambda: checks.mlflow_answers(url, header),
+        works=lambda: checks.mlflow_works(url, header),
+        prepare=lambda: write_secret(config, text) if login else None,
+    )
 
-    def check() -> None:
-        ask(f"{url}/api/2.0/mlflow/experiments/search", header, {"max_results": 1})
 
-    return Server("MLflow server", url, command, environment, folder, check)
-
-
-def ray_head(folder: Path, ports: Mapping[str, int], environment: Mapping[str, str], token_file: Path) -> Server:
+def ray_head(
+    folder: Path,
+    ports: Mapping[str, int],
+    environment: Mapping[str, str],
+    token_file: Path,
+    cpus: int,
+    object_store: int,
+) -> Server:
     """A Ray head with its job server, its state in `folder` (a short path: it holds unix sockets).
 
-    Jobs and workers inherit `environment`, so that no secret has to travel in a runtime_env.
+    Ray lets everybody write there (the code of jobs lies in it), so `folder` must be inside of a private one. Jobs and
+    workers inherit `environment`, so that no secret has to travel in a runtime_env. Who has no token is refused at all
+    ports; three of them show metrics to everybody: names of tasks and numbers, no argument, no result, no secret.
     """
-    memory = object_store_bytes()
     options = {
         "node-ip-address": HOST,
         "port": ports["ray"],
@@ -157,9 +198,8 @@ def ray_head(folder: Path, ports: Mapping[str, int], environment: Mapping[str, s
         "ray-client-server-port": ports["ray_client"],  # of no use here, but it cannot be left out
         "min-worker-port": 0,
         "max-worker-port": 0,
-        # More than there are: the tasks that read data must find a place beside the training workers.
-        "num-cpus": max(4, 2 * (os.cpu_count() or 1)),
-        "object-store-memory": memory,
+        "num-cpus": cpus,
+        "object-store-memory": object_store,
         "temp-dir": folder,
     }
     command = [program("ray"), "start", "--head", "--block", "--disable-usage-stats", "--log-color=false"]
@@ -169,6 +209,8 @@ def ray_head(folder: Path, ports: Mapping[str, int], environment: Mapping[str, s
         **environment,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),  # else one and the same for every cluster
+        "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else `down` waits half a minute for jobs that it ends anyway
         "RAY_worker_niceness": "0",  # Ray's 15 lets every server beside them slow the training workers
         "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
@@ -177,12 +219,29 @@ def ray_head(folder: Path, ports: Mapping[str, int], environment: Mapping[str, s
     }
     url = f"http://{HOST}:{ports['dashboard']}"
 
-    def check() -> None:
-        ask(f"{url}/api/jobs/", {"Authorization": f"Bearer {token_file.read_text().strip()}"})
+    def header() -> dict[str, str]:
+        return {"Authorization": f"Bearer {token_file.read_text().strip()}"}
 
-    # A head that is told of another cluster would not be a head.
-    without = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
-    return Server("Ray head", url, command, own, folder, check, without=without)
+    return Server(
+        "Ray head",
+        url,
+        command,
+        own,
+        folder,
+        answers=lambda: checks.ray_answers(url, header()),
+        works=lambda: checks.ray_works(url, header()),
+        # It gives its own parts 30 s to come up and then gives up, which is too little on a machine under load.
+        starts=3,
+        prepare=lambda: empty_folder(folder),
+        umask=-1,  # a job's pictures are as readable as its user's umask makes them
+        # A head that is told of another cluster would not be a head.
+        without=("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"),
+    )
+
+
+def declared_cpus() -> int:
+    """More than there are: the tasks that read data must find a place beside the training workers."""
+    return max(4, 2 * (os.cpu_count() or 1))
 
 
 def object_store_bytes() -> int:
@@ -195,24 +254,3 @@ def object_store_bytes() -> int:
             return min(size, int(free * 0.6))
         return min(size, 256 * 2**20)  # too little to use: Ray goes to its temp-dir
     return size
-
-
-def ask(url: str, header: Mapping[str, str], body: object = None, timeout_s: float = 10.0) -> object:
-    """The JSON answer of a server; an `OSError` (urllib's) when it refuses or is not there. No proxy stands between."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **header})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout_s) as answer:
-        return json.load(answer)
-
-
-def basic_auth(user: str, password: str) -> dict[str, str]:
-    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
-
-
-def write_secret(path: Path, text: str) -> None:
-    """Writes a file that only this user may read, at no moment readable by others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(text)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import tyro
 from pyarrow import fs as pafs
 
-from infra.servers import ask, basic_auth
+from infra.checks import ask, basic_auth
 from infra.storage import StorageError, check_storage, default_store, explain, open_storage, redact
 from jobs.entry import USER_ERROR, connect_ray, run_job
 
@@ -81,7 +81,7 @@ def examine(options: Doctor, say: Callable[[Finding], None]) -> list[Finding]:
     try:
         if url is None:
             raise StorageError("no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix")
-        fs = open_storage(url)
+        fs = open_storage(url, patience_s=0)  # what is wrong now is what is asked
         with fs.open_output_stream(probe) as stream:
             stream.write(b"figment")
     except (StorageError, OSError) as error:

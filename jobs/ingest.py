@@ -20,7 +20,7 @@ from jobs.entry import connect_ray, run_job
 from pipelines.data.ingest import IngestResult, Progress, ingest
 from pipelines.data.ingest_options import IngestOptions, plan_layout
 from pipelines.data.sources import FORMATS
-from pipelines.data.sources_io import Source
+from pipelines.data.sources_io import Limits, Source
 from pipelines.errors import FigmentError
 
 LOG_EVERY_S = 10.0  # a line of its own, where there is no terminal to overwrite one
@@ -47,11 +47,20 @@ class IngestJob:
     encoding: Literal["auto", "raw", "png", "jpeg", "webp"] = "auto"
     """How images are stored; auto: raw pixels up to 64x64, else png. Only jpeg (quality 95) loses something."""
     rows_per_shard: int | None = None
-    """Images a shard. Default: as many as make about 8 MB, 4,096 at most."""
+    """Images a shard. Default: as many as make about 8 MB, 16 at least and 4,096 at most."""
     mix_shards: int = 64
-    """Shards open at the same time: more mix an archive that is sorted by class better and take more memory."""
+    """Shards open at the same time: more mix an archive that is sorted by class better. They are fewer where open
+    shards and those being written could hold more than 600 MB."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be decoded; skip counts and names such images in the manifest."""
+    max_file_mb: int = 64
+    """Size of an image file, or of a pickle, that is still read, in MB; a larger image is a bad image."""
+    max_megapixels: int = 100
+    """Pixels of an image that is still decoded, in millions; a larger one is a bad image. Decoding takes 4 to 6 bytes
+    a pixel, on as many images at once as the cluster has CPUs."""
+    max_ratio: int = 200
+    """How many times its own size a compressed archive may unpack to (1 GB it always may), and an image file may
+    become in pixels (64 MB it always may). ImageNet, CIFAR and MNIST are far within all three."""
     val_labels: str | None = None
     """Ground truth of ILSVRC2012_img_val.tar: a line an image, WordNet id or number 1 … 1000; without: unlabelled."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -93,8 +102,9 @@ def run(job: IngestJob) -> None:
 def _source(job: IngestJob) -> Source:
     fs, path = open_source(job.source)
     name = redact(job.source) if "://" in job.source else path
+    limits = Limits(job.max_file_mb * 10**6, job.max_megapixels * 10**6, job.max_ratio)
     if job.val_labels is None:
-        return Source(fs, path, name)
+        return Source(fs, path, name, limits=limits)
     labels_fs, labels_path = open_source(job.val_labels)
     try:
         with labels_fs.open_input_stream(labels_path) as stream:
@@ -103,7 +113,7 @@ def _source(job: IngestJob) -> Source:
         raise StorageError(explain(error, job.val_labels)) from error
     while lines and not lines[-1].strip():
         lines.pop()
-    return Source(fs, path, name, tuple(line.strip() for line in lines), redact(job.val_labels))
+    return Source(fs, path, name, tuple(line.strip() for line in lines), redact(job.val_labels), limits)
 
 
 def _print_plan(source: Source, options: IngestOptions, dest: str) -> None:
@@ -115,6 +125,7 @@ def _print_plan(source: Source, options: IngestOptions, dest: str) -> None:
     print(f"data set        {options.dataset_name} in {redact(dest)}")
     print(f"images          {channels} x {height} x {width}, stored as {layout.encoding}")
     print(f"rows per shard  {layout.rows_per_shard:,}")
+    print(f"open shards     {layout.open_shards:,}, up to {layout.held_bytes / 1e6:,.0f} MB in memory")
     print(f"bad images      {options.on_bad_image}")
     print("dry run: nothing was written")
 

@@ -147,13 +147,15 @@ def hold(
     ttl_s: float = 30.0,
     say: Callable[[str], None] = print,
     patience_s: float = 600.0,
+    above: int = 0,
 ) -> Iterator[Lease]:
     """Owns what `path` stands for until the block ends; `LeaseHeldError` when somebody else does and lives.
 
+    The fence is more than `above`, the highest that is known to have been given: the record may have been removed.
     `say` is told once when an owner that may be dead has to be watched. A storage that fails is asked again for
     `patience_s`, except at the very first question: then its `OSError` is raised at once.
     """
-    lease = Lease(store, path, _acquire(store, path, holder, ttl_s, say, patience_s))
+    lease = Lease(store, path, _acquire(_Seeker(store, path, holder, ttl_s, say, above), patience_s))
     lease._thread.start()
     try:
         yield lease
@@ -173,10 +175,7 @@ def current_fence(fs: pafs.FileSystem, path: str) -> int | None:
         return None
 
 
-def _acquire(
-    store: ConditionalStore, path: str, holder: str, ttl_s: float, say: Callable[[str], None], patience_s: float
-) -> Record:
-    seeker = _Seeker(store, path, holder, ttl_s, say)
+def _acquire(seeker: _Seeker, patience_s: float) -> Record:
     failing_since: float | None = None
     while True:
         try:
@@ -197,10 +196,10 @@ class _Seeker:
     """Looks at the record again and again until the lease is its own or somebody else is seen to live."""
 
     def __init__(
-        self, store: ConditionalStore, path: str, holder: str, ttl_s: float, say: Callable[[str], None]
+        self, store: ConditionalStore, path: str, holder: str, ttl_s: float, say: Callable[[str], None], above: int
     ) -> None:
         self.store, self.path, self.say = store, path, say
-        self.first = Record(1, holder[:200], secrets.token_hex(16), 0, ttl_s, released=False)
+        self.first = Record(above + 1, holder[:200], secrets.token_hex(16), 0, ttl_s, released=False)
         self.answered = False  # whether the storage was ever read
         self.seen: bytes | None = None  # the record as read last
         self.standing_since: float | None = None  # when it was first read as it is now; None after a failure
@@ -220,7 +219,7 @@ class _Seeker:
         if owner.token == self.first.token:
             return owner  # the reply to the write was lost, not the write
         if owner.released or self._stood_still(asked, changed, owner.ttl_s):
-            wanted = replace(self.first, fence=owner.fence + 1)
+            wanted = replace(self.first, fence=max(owner.fence + 1, self.first.fence))
             return wanted if self.store.replace(self.path, wanted.to_bytes(), tag) else None
         if changed:
             raise LeaseHeldError(

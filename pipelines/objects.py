@@ -59,8 +59,11 @@ def exists(fs: pafs.FileSystem, path: str) -> bool:
 
 def children(fs: pafs.FileSystem, path: str) -> list[str]:
     """Base names directly under `path`, sorted; empty when the folder is not there. Hidden ones are left out."""
-    selector = pafs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in fs.get_file_info(selector) if not info.base_name.startswith("."))
+    try:
+        found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    except FileNotFoundError:  # a local folder went between pyarrow's look at it and the listing
+        return []
+    return sorted(info.base_name for info in found if not info.base_name.startswith("."))
 
 
 def remove_folder(fs: pafs.FileSystem, path: str) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 # Ray reads these when it is imported, and its workers inherit them.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
-    RAY_AUTH_MODE="disabled",  # else a local cluster writes a token into the home folder
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # Ray's name for: stay on 127.0.0.1
@@ -30,8 +31,9 @@ import pytest
 from pyarrow import fs as pafs
 
 from infra import servers
-from infra.processes import free_ports, start, stop, wait_until_serving
-from infra.servers import BUCKET, MLFLOW_PORTS, REGION, S3_ADMIN_PARTNER, S3_PORTS
+from infra.private import write_secret
+from infra.processes import free_ports, start, stop, wait_or_start_again, wait_until_serving
+from infra.servers import BUCKET, MLFLOW_PORTS, RAY_PORTS, REGION, S3_ADMIN_PARTNER, S3_PORTS
 from infra.storage import open_storage
 
 # Chosen now and not when the S3 server starts, so that a Ray cluster which starts earlier hands them to its workers.
@@ -43,33 +45,45 @@ os.environ["AWS_SECRET_ACCESS_KEY"] = secrets.token_hex(20)
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """The address of the one Ray cluster of the session; this process is connected to it. 4 CPUs are declared."""
-    import ray
-
-    temp = tempfile.mkdtemp(prefix="figment-", dir="/tmp")  # short: Unix sockets lie in it
-    context = ray.init(
-        address="local",
-        _temp_dir=temp,
-        num_cpus=4,
-        object_store_memory=300 * 2**20,
-        include_dashboard=True,  # without it Ray Train leaks placement groups
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
-    # As `ray start` does: what a submitted job reads to find its cluster among several on one machine.
-    Path(temp, "ray_current_cluster").write_text(context.address_info["address"])
-    yield context.address_info["address"]
-    ray.shutdown()
-    shutil.rmtree(temp, ignore_errors=True)
+def short_folder() -> Iterator[Path]:
+    """A private folder with a short path: unix sockets lie in it, and pytest's own folders are too deep for them."""
+    folder = Path(tempfile.mkdtemp(prefix="figment-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory, short_folder: Path) -> Iterator[str]:
+    """The address of the one Ray cluster of the session; this process is connected to it. 4 CPUs are declared.
+
+    A head as the stack has one and not `ray.init(address="local")`, which leaves some ports (the job agent's 52365, two
+    of metrics) where every other cluster of the machine has them: of two test sessions at once, one got no jobs done.
+    """
+    import ray
+
+    folder = tmp_path_factory.mktemp("ray")
+    ports = free_ports(RAY_PORTS, apart_from=S3.values())
+    token_file = folder / "token"
+    write_secret(token_file, os.environ["RAY_AUTH_TOKEN"])
+    told = {name: os.environ[name] for name in os.environ if name.startswith("RAY_TRAIN_")}
+    head = servers.ray_head(short_folder / "r", ports, told, token_file, cpus=4, object_store=300 * 2**20)
+    running = start(head, folder / "log")
+    try:
+        running = wait_or_start_again(head, running, folder / "log")
+        address = f"{servers.HOST}:{ports['ray']}"
+        ray.init(address=address, log_to_driver=False)
+        yield address
+        ray.shutdown()
+    finally:
+        stop(running)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory, short_folder: Path) -> Iterator[str]:
     """A real S3 server (SeaweedFS); AWS_* of the session point to it."""
     folder = tmp_path_factory.mktemp("s3")
     server = servers.s3_server(
-        folder / "data", S3, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+        folder / "data", S3, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], short_folder
     )
     running = start(server, folder / "log")
     try:

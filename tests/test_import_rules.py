@@ -17,7 +17,7 @@ MAX_LINES = 400
 # What a folder may import besides the standard library; None: any library.
 ALLOWED: dict[str, tuple[set[str] | None, set[str]]] = {
     "models": ({"torch", "numpy"}, {"models"}),
-    "infra": ({"pyarrow", "boto3", "botocore", "yaml", "psutil", "fsspec", "aiohttp"}, {"infra"}),
+    "infra": ({"pyarrow", "boto3", "botocore", "yaml", "psutil", "fsspec", "aiohttp", "cryptography"}, {"infra"}),
     "pipelines": (None, {"models", "pipelines"}),
     "jobs": (None, {"models", "pipelines", "infra", "jobs"}),
 }

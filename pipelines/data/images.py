@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow import fs as pafs
 
-from pipelines.data.sources_io import EncodedImage, ImageFile, RawImage, SourceImage
+from pipelines.data.sources_io import BadFile, EncodedImage, ImageFile, Limits, RawImage, SourceImage
 from pipelines.errors import FigmentError
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -27,6 +27,10 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "jpeg": {"quality": 95, "subsampling": 0},  # the only lossy one
     "webp": {"lossless": True, "exact": True, "method": 0, "quality": 0},  # the fastest; a quarter smaller than PNG
 }
+FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may try on a file of a source. It can do more, but for EPS it would start Ghostscript on it."""
+
+RATIO_FLOOR = 64_000_000  # bytes of decoded pixels that any file may make, however small it is
 DEEPER_MODES = ("I", "F")  # 16 and 32 bits a channel; Pillow would clip them to 8
 
 
@@ -47,24 +51,36 @@ class Bad:
     reason: str
 
 
-class _BadImageError(Exception):
+class BadImageError(Exception):
     """Why an image cannot be used."""
 
 
 # What Pillow's decoders raise on damaged files: an OSError is the rule, the others leak from their parsers.
-_DAMAGE = (
-    _BadImageError,
+DAMAGE = (
+    BadImageError,
     OSError,
     SyntaxError,
     ValueError,
     TypeError,
+    AttributeError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+    AssertionError,
     EOFError,
-    IndexError,
-    KeyError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+def open_image(data: bytes | memoryview, formats: tuple[str, ...]) -> Image.Image:
+    """Its header is read, its pixels are not yet. `BadImageError` when it is of none of these formats."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:  # its text has the address of the buffer, which is another one each time
+        known = formats[0] if len(formats) == 1 else f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise BadImageError(f"it is no {known} file that can be read") from None
 
 
 def stored_shape(image: SourceImage, size: int | None) -> tuple[int, int, int]:
@@ -77,7 +93,11 @@ def stored_shape(image: SourceImage, size: int | None) -> tuple[int, int, int]:
 
 
 def prepare(
-    images: Sequence[SourceImage], size: int | None, encoding: str, fs: pafs.FileSystem | None = None
+    images: Sequence[SourceImage],
+    size: int | None,
+    encoding: str,
+    fs: pafs.FileSystem | None = None,
+    limits: Limits | None = None,
 ) -> list[Row | Bad]:
     """One `Row` or `Bad` an image, in order. `size` None leaves raw pixels as they are; `fs` is where image files lie.
 
@@ -85,7 +105,7 @@ def prepare(
     """
     if size is None and encoding == "raw" and all(isinstance(image, RawImage) for image in images):
         return _as_they_are([image for image in images if isinstance(image, RawImage)])
-    return [_prepare_one(image, size, encoding, fs) for image in images]
+    return [_prepare_one(image, size, encoding, fs, limits or Limits()) for image in images]
 
 
 def _as_they_are(images: list[RawImage]) -> list[Row | Bad]:
@@ -93,7 +113,11 @@ def _as_they_are(images: list[RawImage]) -> list[Row | Bad]:
     return [Row(image.pixels.tobytes(), image.label, tuple(s)) for image, s in zip(images, sums, strict=True)]
 
 
-def _prepare_one(image: SourceImage, size: int | None, encoding: str, fs: pafs.FileSystem | None) -> Row | Bad:
+def _prepare_one(
+    image: SourceImage, size: int | None, encoding: str, fs: pafs.FileSystem | None, limits: Limits
+) -> Row | Bad:
+    if isinstance(image, BadFile):
+        return Bad(image.member, image.reason)
     if isinstance(image, ImageFile):
         assert fs is not None, "the filesystem of the source is needed to read its files"
         try:
@@ -103,32 +127,47 @@ def _prepare_one(image: SourceImage, size: int | None, encoding: str, fs: pafs.F
             raise FigmentError(f"{image.path} cannot be read: {' '.join(str(error).split())}") from error
         image = EncodedImage(image.split, data, image.label, image.member)
     try:
-        picture = _from_pixels(image.pixels) if isinstance(image, RawImage) else _decoded(image.data, size)
+        picture = _from_pixels(image.pixels) if isinstance(image, RawImage) else _decoded(image.data, size, limits)
         if size is not None and picture.size != (size, size):
             picture = _resized(picture, size)
         pixels = np.asarray(picture)
         planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         stored = planes.tobytes() if encoding == "raw" else _encode(picture, encoding)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         return Bad(image.member, " ".join(str(error).split()) or type(error).__name__)
     return Row(stored, image.label, tuple(planes.sum(axis=(1, 2), dtype=np.int64).tolist()))
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
     if len(pixels) not in (1, 3):
-        raise _BadImageError(f"{len(pixels)} channels; Figment resizes and encodes images of 1 or 3")
+        raise BadImageError(f"{len(pixels)} channels; Figment resizes and encodes images of 1 or 3")
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
-def _decoded(data: bytes, size: int | None) -> Image.Image:
+def _decoded(data: bytes, size: int | None, limits: Limits) -> Image.Image:
     """An upright RGB image."""
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.mode.startswith(DEEPER_MODES):
-            raise _BadImageError(f"mode {picture.mode} has more than 8 bits a channel: convert it first")
-        if size is not None:
-            picture.draft(None, (2 * size, 2 * size))  # acts on JPEG alone; never below twice the size
-        upright = ImageOps.exif_transpose(picture)
-        return upright.convert("RGB")
+    picture = open_image(data, FILE_FORMATS)
+    _check_claim(picture.size, len(data), limits)
+    if picture.mode.startswith(DEEPER_MODES):
+        raise BadImageError(f"mode {picture.mode} has more than 8 bits a channel: convert it first")
+    if size is not None:
+        picture.draft(None, (2 * size, 2 * size))  # acts on JPEG alone; never below twice the size
+    ImageOps.exif_transpose(picture, in_place=True)  # a copy of a large image would cost as much again
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _check_claim(size: tuple[int, int], file_bytes: int, limits: Limits) -> None:
+    """What a header says is checked before anything is decoded: a file of some KB can claim a gigabyte of pixels."""
+    width, height = size
+    pixels = width * height
+    if pixels > limits.pixels:
+        allowed = f"--max-megapixels {limits.pixels / 1e6:,.0f}"
+        raise BadImageError(f"its {width:,} x {height:,} pixels are more than {allowed} allows")
+    if 3 * pixels > max(RATIO_FLOOR, limits.ratio * file_bytes):
+        raise BadImageError(
+            f"its {file_bytes:,} bytes would become {width:,} x {height:,} pixels,"
+            f" more than --max-ratio {limits.ratio:,} allows"
+        )
 
 
 def _resized(picture: Image.Image, size: int) -> Image.Image:
@@ -140,6 +179,7 @@ def _resized(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _encode(picture: Image.Image, encoding: str) -> bytes:
+    picture.info = {}  # colour profiles, comments and the like can be larger than the picture, and no reader uses them
     sink = io.BytesIO()
     picture.save(sink, encoding.upper(), **ENCODERS[encoding])
     return sink.getvalue()

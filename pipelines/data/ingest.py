@@ -1,13 +1,15 @@
 """A source into a data set version: read once, decode on Ray workers, scatter, pack, and the manifest last.
 
-What is held is bounded, however long the source is: a few batches in flight on the workers, `mix_shards` open shards
-and two shards on their way to storage. A run that was killed is repeated: it reads the source again, but decodes
-neither what finished shards hold nor writes them again (`packing.Journal`).
+What is held is bounded, however long the source and however large the images are: open shards and those on their way to
+storage hold `HELD_BYTES` at most (for each split, where splits come mixed: in CIFAR-10); beside them there are a few
+batches of BATCH_BYTES in and RESULT_BYTES out. A run that was killed is repeated: it reads the source again, but
+decodes neither what finished shards hold nor writes them again (`packing.Journal`).
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,16 +23,15 @@ import ray
 from pyarrow import fs as pafs
 
 from pipelines.data.images import Bad, Row, prepare, stored_shape
-from pipelines.data.ingest_options import IngestOptions, Layout, ingest_key, plan_layout
-from pipelines.data.manifest import DATASETS, Manifest, Skipped, load_manifest, save_manifest
+from pipelines.data.ingest_options import WRITERS, IngestOptions, Layout, ingest_key, plan_layout
+from pipelines.data.manifest import DATASETS, Manifest, Skipped, load_manifest, save_manifest, versions
 from pipelines.data.packing import SKIPPED_SHOWN, Journal, Packed, Scatter, even_parts, pack
-from pipelines.data.sources import CITATIONS
+from pipelines.data.sources import CITATIONS, SPLITS_IN_TURN
 from pipelines.data.sources_io import EncodedImage, ImageFile, Images, Source, SourceImage
 from pipelines.errors import FigmentError
-from pipelines.objects import children, exists
 
 BATCH_IMAGES, BATCH_BYTES = 64, 8 * 2**20  # what one decode task gets: whichever is reached first
-WRITERS = 2
+RESULT_BYTES = 32 * 2**20  # what it gives back at most
 TICK_S = 2.0
 
 
@@ -51,6 +52,7 @@ class IngestResult:
     already_there: bool  # nothing was written: this version was complete
     images: int  # read from the source in this run
     prepared: int  # of them, decoded or copied: not in a shard that an earlier run had finished
+    most_held: int  # bytes of images in open shards and in those being written, at the worst moment
     seconds: float
 
 
@@ -71,20 +73,23 @@ def ingest(
     began = time.perf_counter()
     layout, images = plan_layout(source, options)
     key = ingest_key(source, options, layout)
+    journal = Journal(fs, options.dataset_name, key)
     done = _finished(fs, options.dataset_name, key)
     if done:
         images.close()
-        return IngestResult(done, f"{done.folder}/manifest.json", True, 0, 0, time.perf_counter() - began)
-    journal = Journal(fs, options.dataset_name, key)
+        journal.delete()  # of a run that was killed after its manifest, or of one that lost a race
+        return IngestResult(done, f"{done.folder}/manifest.json", True, 0, 0, 0, time.perf_counter() - began)
     run = _Run(source, fs, options, layout, journal, connect, on_progress)
     run.run(images)
     manifest = run.manifest(key)
     path = f"{manifest.folder}/manifest.json"
-    already_there = not run.wrote and _complete(fs, options.dataset_name, manifest.version) is not None
-    if not already_there:
+    there = _complete(fs, options.dataset_name, manifest.version)
+    if there is None:
         save_manifest(fs, manifest)
     journal.delete()
-    return IngestResult(manifest, path, already_there, run.images, run.prepared, time.perf_counter() - began)
+    already_there = there is not None and not run.wrote
+    seconds = time.perf_counter() - began
+    return IngestResult(there or manifest, path, already_there, run.images, run.prepared, run.held.most, seconds)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ class _Place:
     split: str
     number: int  # of the shard
     key: int  # order within the shard
+
+
+_Filling = defaultdict[tuple[str, int], list[tuple[int, Row | Bad]]]
+"""(split, number of the shard) -> its rows so far, each with the key that it is sorted by."""
 
 
 class _Run:
@@ -121,26 +130,37 @@ class _Run:
         self.label_names: tuple[str, ...] = ()
         self.images = self.prepared = 0
         self.wrote = False
+        self.held = _Held()
 
     def run(self, images: Images) -> None:
         """Takes every image and writes every shard."""
-        filling: dict[tuple[str, int], list[tuple[int, Row | Bad]]] = defaultdict(list)
+        filling: _Filling = defaultdict(list)
         with ThreadPoolExecutor(WRITERS, "figment-pack") as writers:
             writing: deque[Future[None]] = deque()
+            split = ""
             for place, item in self._prepare(self._place(images)):
-                target = place.split, place.number
+                if split not in ("", place.split) and self._layout.format in SPLITS_IN_TURN:
+                    self._pack_rest(split, filling, writers)  # now, so that two splits are never held at once
+                split, target = place.split, (place.split, place.number)
                 filling[target].append((place.key, item))
+                self.held.add(_bytes(item))
                 if len(filling[target]) == self._layout.rows_per_shard:
                     writing.append(writers.submit(self._write_full, *target, _in_order(filling.pop(target))))
                 while len(writing) > WRITERS or (writing and writing[0].done()):
                     writing.popleft().result()
-            for split in self._scatter:
-                left = _in_order([entry for (s, _), entries in filling.items() if s == split for entry in entries])
-                parts = even_parts(left, self._layout.rows_per_shard)
-                self._rest[split] = list(writers.map(self._pack, parts))
+            for each in self._scatter:
+                self._pack_rest(each, filling, writers)
             for future in writing:
                 future.result()
         self._tick(force=True)
+
+    def _pack_rest(self, split: str, filling: _Filling, writers: ThreadPoolExecutor) -> None:
+        """The shards of a split that are not full, when no more of its images come."""
+        numbers = [number for s, number in filling if s == split]
+        left = _in_order([entry for number in numbers for entry in filling.pop((split, number))])
+        parts = even_parts(left, self._layout.rows_per_shard)
+        self._rest.setdefault(split, []).extend(writers.map(self._pack, parts))
+        self.held.add(-sum(map(_bytes, left)))
 
     def _place(self, images: Images) -> Iterator[tuple[_Place, SourceImage]]:
         """Finds every image its place, and lets go of those whose shard an earlier run has written."""
@@ -158,8 +178,8 @@ class _Run:
                 )
             scatter = self._scatter.get(image.split)
             if scatter is None:
-                rows, mix = self._layout.rows_per_shard, self._options.mix_shards
-                scatter = self._scatter[image.split] = Scatter(image.split, rows, mix)
+                rows, at_once = self._layout.rows_per_shard, self._layout.open_shards
+                scatter = self._scatter[image.split] = Scatter(image.split, rows, at_once)
             number, key = scatter.place()
             self.images += 1
             self._tick()
@@ -169,17 +189,18 @@ class _Run:
     def _prepare(self, placed: Iterator[tuple[_Place, SourceImage]]) -> Iterator[tuple[_Place, Row | Bad]]:
         """Decodes on Ray workers, in order, with a bounded number of batches on their way."""
         size, encoding = self._layout.size, self._layout.encoding
+        batch = max(1, min(BATCH_IMAGES, RESULT_BYTES // self._layout.image_bytes))
         if size is None and encoding == "raw":  # nothing to compute: a worker would cost more than it gains
-            for places, images in _batches(placed):
+            for places, images in _batches(placed, batch):
                 yield from self._checked(places, prepare(images, size, encoding))
             return
         self._connect()
         task = ray.remote(prepare)
         in_flight: deque[tuple[list[_Place], ray.ObjectRef]] = deque()
         try:
-            for places, images in _batches(placed):
-                fs = self._source.fs if isinstance(images[0], ImageFile) else None
-                in_flight.append((places, task.remote(images, size, encoding, fs)))
+            for places, images in _batches(placed, batch):
+                fs = self._source.fs if any(isinstance(image, ImageFile) for image in images) else None
+                in_flight.append((places, task.remote(images, size, encoding, fs, self._source.limits)))
                 while len(in_flight) >= max(4, 2 * int(ray.cluster_resources().get("CPU", 1))):
                     yield from self._checked(*self._await(*in_flight.popleft()))
             while in_flight:
@@ -214,6 +235,7 @@ class _Run:
         packed = self._pack(items)
         self._journal.add(split, number, packed)
         self._done[split, number] = packed
+        self.held.add(-sum(map(_bytes, items)))
 
     def _tick(self, force: bool = False) -> None:
         now = time.monotonic()
@@ -253,12 +275,29 @@ class _Run:
         )
 
 
+class _Held:
+    """Bytes that are held, and the most that ever were. Writers count down while the pass counts up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._now = self.most = 0
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._now += size
+            self.most = max(self.most, self._now)
+
+
+def _bytes(item: Row | Bad) -> int:
+    return len(item.image) if isinstance(item, Row) else 0
+
+
 def _in_order(entries: list[tuple[int, Row | Bad]]) -> list[Row | Bad]:
     return [item for _, item in sorted(entries, key=lambda entry: entry[0])]
 
 
 def _batches(
-    placed: Iterable[tuple[_Place, SourceImage]],
+    placed: Iterable[tuple[_Place, SourceImage]], largest: int
 ) -> Iterator[tuple[list[_Place], list[SourceImage]]]:
     places: list[_Place] = []
     images: list[SourceImage] = []
@@ -267,7 +306,7 @@ def _batches(
         places.append(place)
         images.append(image)
         size += len(image.data) if isinstance(image, EncodedImage) else 0
-        if len(images) == BATCH_IMAGES or size >= BATCH_BYTES:
+        if len(images) == largest or size >= BATCH_BYTES:
             yield places, images
             places, images, size = [], [], 0
     if images:
@@ -276,22 +315,19 @@ def _batches(
 
 def _finished(fs: pafs.FileSystem, name: str, key: str) -> Manifest | None:
     """The version that an earlier ingest with this key made."""
-    for version in children(fs, f"{DATASETS}/{name}"):
-        manifest = _complete(fs, name, version)
-        if manifest and manifest.source.get("key") == key:
-            return manifest
-    return None
+    found = (manifest for manifest in versions(fs, name) if manifest.source.get("key") == key)
+    return next((manifest for manifest in found if _whole(fs, manifest)), None)
 
 
 def _complete(fs: pafs.FileSystem, name: str, version: str) -> Manifest | None:
-    """This version, if its manifest can be read and all its shards are there."""
-    root = f"{DATASETS}/{name}"
-    if not exists(fs, f"{root}/{version}/manifest.json"):
-        return None
+    """This version, if its manifest can be read and all its shards are there; else it is written anew."""
     try:
         manifest = load_manifest(fs, f"{name}@{version}")
-    except FigmentError:  # edited or of another format: it is written anew
+    except FigmentError:  # none, edited, or of another format
         return None
+    return manifest if _whole(fs, manifest) else None
+
+
+def _whole(fs: pafs.FileSystem, manifest: Manifest) -> bool:
     shards = [shard for found in manifest.splits.values() for shard in found]
-    whole = all(fs.get_file_info(f"{root}/{shard.path}").size == shard.bytes for shard in shards)
-    return manifest if whole else None
+    return all(fs.get_file_info(f"{manifest.root}/{shard.path}").size == shard.bytes for shard in shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ import PIL
 from pipelines.data.images import stored_shape
 from pipelines.data.packing import check_name
 from pipelines.data.sources import detect_format, fingerprint, read_images
-from pipelines.data.sources_io import EncodedImage, ImageFile, Images, Source, SourceImage
+from pipelines.data.sources_io import Images, RawImage, Source, SourceImage
 from pipelines.errors import FigmentError
 
 Encoding = Literal["auto", "raw", "png", "jpeg", "webp"]
@@ -21,9 +22,11 @@ RAW_UP_TO = 64  # pixels a side; larger images are encoded
 DEFAULT_SIZE = 64  # pixels a side, for sources of image files
 SIZES = range(8, 1025)
 SHARD_BYTES = 8 * 2**20
-SHARD_ROWS = range(64, 4097)
+SHARD_ROWS = range(16, 4097)
+HELD_BYTES = 600_000_000  # of stored images, that the driver holds in open shards and in those being written
+WRITERS = 2  # shards being written at once; one more may wait for its turn
 BYTES_A_VALUE = {"raw": 1.0, "png": 0.6, "jpeg": 0.2, "webp": 0.5}  # of photographs, for the number of rows a shard
-REVISION = 1  # counts the changes to this pipeline that change the shards it makes
+REVISION = 2  # counts the changes to this pipeline that change the shards it makes
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class IngestOptions:
     encoding: Encoding = "auto"
     rows_per_shard: int | None = None
     on_bad_image: Literal["fail", "skip"] = "fail"
-    mix_shards: int = 64  # open at the same time: more mix a sorted source better and take more memory
+    mix_shards: int = 64  # open at the same time, unless HELD_BYTES allow fewer: more mix a sorted source better
 
     def __post_init__(self) -> None:
         check_name(self.dataset_name)
@@ -59,6 +62,33 @@ class Layout:
     encoding: str
     image_shape: tuple[int, int, int]
     rows_per_shard: int
+    open_shards: int
+
+    @property
+    def image_bytes(self) -> int:
+        """The most that one stored image can take."""
+        return most_bytes(self.image_shape, self.encoding)
+
+    @property
+    def held_bytes(self) -> int:
+        """The most that the driver holds in open shards and in those on their way to storage."""
+        return (self.open_shards + WRITERS + 1) * self.rows_per_shard * self.image_bytes
+
+
+def most_bytes(shape: tuple[int, int, int], encoding: str) -> int:
+    """No encoder makes more of an image, of noise even: PNG and WebP store what they cannot compress."""
+    pixels = math.prod(shape)
+    return pixels if encoding == "raw" else pixels + pixels // 50 + 4096
+
+
+def shards_at_once(options: IngestOptions, rows: int, image_bytes: int) -> int:
+    """How many shards are open at the same time: `mix_shards`, or as many as may be held."""
+    if rows * image_bytes * (WRITERS + 2) > HELD_BYTES:
+        raise FigmentError(
+            f"{rows:,} images a shard of up to {image_bytes:,} bytes each are more than can be held;"
+            f" --rows-per-shard can be {HELD_BYTES // image_bytes // (WRITERS + 2):,} at most"
+        )
+    return min(options.mix_shards, HELD_BYTES // (rows * image_bytes) - WRITERS - 1)
 
 
 def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]:
@@ -71,10 +101,10 @@ def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]
     except StopIteration as end:  # read_images raises when there is none
         raise AssertionError("read_images ended without an image and without an error") from end
     size = options.size
-    if size is None and isinstance(first, EncodedImage | ImageFile):
+    if size is None and not isinstance(first, RawImage):
         size = DEFAULT_SIZE
     shape = stored_shape(first, size)
-    if size is not None and not isinstance(first, EncodedImage | ImageFile) and first.pixels.shape == shape:
+    if size is not None and isinstance(first, RawImage) and first.pixels.shape == shape:
         size = None
     encoding: str = options.encoding
     if encoding == "auto":
@@ -83,7 +113,8 @@ def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]
     if rows is None:
         wanted = int(SHARD_BYTES / (np.prod(shape) * BYTES_A_VALUE[encoding]))
         rows = min(max(wanted, SHARD_ROWS[0]), SHARD_ROWS[-1])
-    return Layout(name, size, encoding, shape, rows), _with_first(first, images)
+    open_shards = shards_at_once(options, rows, most_bytes(shape, encoding))
+    return Layout(name, size, encoding, shape, rows, open_shards), _with_first(first, images)
 
 
 def _with_first(first: SourceImage, rest: Images) -> Images:
@@ -100,6 +131,7 @@ def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
         "pillow": PIL.__version__,
         "source": source.name,
         "files": files,
+        "limits": asdict(source.limits),
         "labels": hashlib.sha256("\n".join(source.labels or ()).encode()).hexdigest(),
         "dataset": options.dataset_name,
         "on_bad_image": options.on_bad_image,

@@ -5,14 +5,25 @@
 
 Shards are named after their content, so versions share what they have in common and a repeated ingest writes nothing
 twice. A shard has two columns: `image` and `label` (int32, an index into `label_names`; -1 when unlabelled). With
-`encoding` "raw" an image is fixed-size binary, C*H*W bytes in (C, H, W) order, else binary: one encoded file. VERSION
-is the first 12 hex digits of the content hash.
+`encoding` "raw" an image is fixed-size binary, C*H*W bytes in (C, H, W) order, else binary: one encoded file.
+
+VERSION is the first 12 hex digits of the content hash: of image shape, encoding, label names, and for each split the
+stored bytes and labels of its rows, in their order and as they are divided into shards. So it changes with
+
+- the images, their labels, and the order in which the source has them: members of an archive as they lie in it (a tar
+  of the same files packed in another order is another version, its labels are the same), files of folders by name;
+- size, encoding, rows a shard, the number of open shards that mix the rows, and which images were left out as bad;
+- a release of Pillow that decodes, resizes or encodes to other bytes.
+
+It does not change with name, url, compression or times of the source, with when, where and on how many machines it was
+ingested, with interruptions, or with the release of Arrow that wrote the Parquet files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +34,7 @@ from pipelines.objects import children, exists, read_object, write_json
 
 FORMAT = "figment-dataset-1"
 DATASETS = "datasets"
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,21 +112,61 @@ def save_manifest(fs: pafs.FileSystem, manifest: Manifest) -> str:
 
 
 def load_manifest(fs: pafs.FileSystem, dataset: str) -> Manifest:
-    """`dataset` is NAME (its newest complete version) or NAME@VERSION."""
+    """`dataset` is NAME (its newest complete version) or NAME@VERSION, where the first digits of VERSION will do.
+
+    A version whose manifest cannot be read is passed over with a warning, for an old one must not block a newer one;
+    it raises its error when it is the one that was asked for, or when no other is there.
+    """
     name, _, version = dataset.partition("@")
-    root = f"{DATASETS}/{name}"
-    versions = [v for v in children(fs, root) if exists(fs, f"{root}/{v}/manifest.json")]
-    if version:
-        versions = [v for v in versions if v.startswith(version)]
-    if not versions:
+    found = _read_versions(fs, name, version)
+    if not found:
         known = [n for n in children(fs, DATASETS) if not n.startswith(".")]
         raise FigmentError(
             f"there is no complete data set {dataset!r} under {DATASETS}/ in the storage"
             f" (found: {', '.join(known) or 'none'});"
             f" ingest it with `python -m jobs.ingest SOURCE --dataset-name {name}`"
         )
-    manifests = [_parse(read_object(fs, f"{root}/{v}/manifest.json"), f"{root}/{v}/manifest.json") for v in versions]
-    return max(manifests, key=lambda m: m.created_at)
+    readable = _newest_first(found)
+    if not readable:
+        raise next(error for error in found.values() if isinstance(error, FigmentError))
+    _warn_of_unreadable(fs, found, readable[0])
+    return readable[0]
+
+
+def versions(fs: pafs.FileSystem, name: str) -> list[Manifest]:
+    """The complete versions of data set `name` whose manifests can be read, the newest first."""
+    return _newest_first(_read_versions(fs, name))
+
+
+def _newest_first(found: dict[str, Manifest | FigmentError]) -> list[Manifest]:
+    readable = [manifest for manifest in found.values() if isinstance(manifest, Manifest)]
+    return sorted(readable, key=lambda manifest: manifest.created_at, reverse=True)
+
+
+def _read_versions(fs: pafs.FileSystem, name: str, begins: str = "") -> dict[str, Manifest | FigmentError]:
+    """Path of the manifest -> the manifest, or why it cannot be read, of each version whose name begins so."""
+    found: dict[str, Manifest | FigmentError] = {}
+    for version in children(fs, f"{DATASETS}/{name}"):
+        path = f"{DATASETS}/{name}/{version}/manifest.json"
+        if not version.startswith(begins) or not exists(fs, path):
+            continue
+        try:
+            found[path] = _parse(read_object(fs, path), path)
+        except FigmentError as error:
+            found[path] = error
+        except FileNotFoundError:
+            continue  # deleted since it was listed
+    return found
+
+
+def _warn_of_unreadable(fs: pafs.FileSystem, found: dict[str, Manifest | FigmentError], taken: Manifest) -> None:
+    """When a version was made stands inside its manifest; of an unreadable one only the age of the file is known."""
+    age = fs.get_file_info(f"{taken.folder}/manifest.json").mtime
+    for path, error in found.items():
+        if isinstance(error, FigmentError):
+            written = fs.get_file_info(path).mtime
+            newer = ", which may be newer by the age of its file" if age and written and written > age else ""
+            LOG.warning("%s@%s is used, and this version passed over%s: %s", taken.name, taken.version, newer, error)
 
 
 def _parse(data: bytes, path: str) -> Manifest:
@@ -133,7 +185,7 @@ def _parse(data: bytes, path: str) -> Manifest:
             created_at=body["created_at"],
             skipped=Skipped(body["skipped"]["count"], tuple(body["skipped"]["members"])),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FigmentError(f"{path} is not a readable manifest ({error!r}); ingest the data set again") from error
     if manifest.content_hash != body["content_hash"]:
         raise FigmentError(f"{path} does not match its own content hash: it was edited; ingest the data set again")

@@ -7,8 +7,10 @@ whether the shard of that image is already written.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ from pipelines.errors import FigmentError
 from pipelines.objects import children, exists, read_json, read_object, write_json, write_object
 
 SKIPPED_SHOWN = 100
+TRIES = 100  # of what another ingest at the same time can undo; each takes less than a millisecond on a disk
+_ENTRY = re.compile(r"(.+)-(\d{7,})\.json")
 
 T = TypeVar("T")
 
@@ -129,7 +133,11 @@ def _already_there(fs: pafs.FileSystem, path: str, content_sha256: str) -> bytes
 
 
 class Journal:
-    """The shards that an ingest has finished, in storage beside them: `datasets/NAME/.ingest-KEY/SPLIT-NUMBER.json`."""
+    """The shards that an ingest has finished, in storage beside them: `datasets/NAME/.ingest-KEY/SPLIT-NUMBER.json`.
+
+    Two ingests of one source share it, and the one that ends first deletes it under the other: an entry that went, or
+    cannot be read, only means that a shard is made again.
+    """
 
     def __init__(self, fs: pafs.FileSystem, dataset: str, key: str) -> None:
         self._fs = fs
@@ -138,24 +146,49 @@ class Journal:
 
     def load(self) -> dict[tuple[str, int], Packed]:
         """What an earlier run of the same ingest has finished and is still there."""
-        found = {}
-        for name in children(self._fs, self._folder):
-            split, _, number = name.removesuffix(".json").rpartition("-")
-            if not number.isdigit():
-                continue
-            body = read_json(self._fs, f"{self._folder}/{name}")
-            shard = Shard(**body["shard"]) if body["shard"] else None
-            if shard is None or self._fs.get_file_info(f"{self._root}/{shard.path}").size == shard.bytes:
-                members = tuple(body["skipped_members"])
-                found[split, int(number)] = Packed(shard, tuple(body["sums"]), body["skipped"], members)
+        found: dict[tuple[str, int], Packed] = {}
+        try:
+            names = children(self._fs, self._folder)
+        except FileNotFoundError:  # a folder on a disk went between the look at it and the listing
+            return found
+        for name in names:
+            entry = _ENTRY.fullmatch(name)
+            packed = self._read(name) if entry else None
+            if entry and packed:
+                found[entry[1], int(entry[2])] = packed
         return found
 
+    def _read(self, name: str) -> Packed | None:
+        try:
+            body = read_json(self._fs, f"{self._folder}/{name}")
+            shard = Shard(**body["shard"]) if body["shard"] else None
+            packed = Packed(shard, tuple(body["sums"]), body["skipped"], tuple(body["skipped_members"]))
+        except (OSError, ValueError, KeyError, TypeError):  # a storage cuts off what is deleted while it is read
+            return None
+        there = shard is None or self._fs.get_file_info(f"{self._root}/{shard.path}").size == shard.bytes
+        return packed if there else None
+
     def add(self, split: str, number: int, packed: Packed) -> None:
-        write_json(self._fs, f"{self._folder}/{split}-{number:07d}.json", asdict(packed))
+        path = f"{self._folder}/{split}-{number:07d}.json"
+        for _ in range(TRIES):
+            try:
+                return write_json(self._fs, path, asdict(packed))
+            except (FileNotFoundError, FileExistsError):
+                continue  # a folder on a disk was deleted while it was made, or between that and its use
+        return write_json(self._fs, path, asdict(packed))
 
     def delete(self) -> None:
-        if children(self._fs, self._folder):
-            self._fs.delete_dir(self._folder)
+        for _ in range(TRIES):
+            try:
+                if exists(self._fs, self._folder):
+                    self._fs.delete_dir(self._folder)
+                return
+            except FileNotFoundError:
+                continue  # another deletes it too
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+        # Another ingest of the same source keeps writing there; it deletes the folder at its own end.
 
 
 def check_name(name: str) -> None:

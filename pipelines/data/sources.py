@@ -30,6 +30,9 @@ FORMATS: dict[str, Callable[[Source], Images]] = {
     "folders": folders,
 }
 
+SPLITS_IN_TURN = ("idx", "imagenet-train", "imagenet-val", "folders")
+"""Formats that give one split after the other; the batches of CIFAR-10 lie in its archives in any order."""
+
 CITATIONS = {
     "cifar10-binary": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
     "cifar10-python": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',

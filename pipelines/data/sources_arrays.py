@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 import struct
 from typing import IO, Any
@@ -11,12 +9,15 @@ from typing import IO, Any
 import numpy as np
 from pyarrow import fs as pafs
 
-from pipelines.data.sources_io import Images, Member, RawImage, Source, read_exactly, tar_members
+from pipelines.data.pickles import PickleError, unpickle
+from pipelines.data.sources_io import Images, Member, RawImage, Source, read_exactly, read_whole, tar_members
 
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_PIXELS = 3 * 32 * 32
 CIFAR_RECORD = 1 + CIFAR_PIXELS  # bytes: one label, then the red, green and blue planes
 RECORDS_AT_ONCE = 512
+META_BYTES = 1 << 16
+PIECE_BYTES = 8 << 20  # of IDX images, whose size a header says
 
 
 # --- CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html) ----------------------------------------
@@ -27,7 +28,9 @@ def cifar10_binary(source: Source) -> Images:
     names: tuple[str, ...] = ()
     for member in tar_members(source, source.open()):
         if member.base_name == "batches.meta.txt":
-            names = tuple(member.stream.read().decode("utf-8", "replace").split())
+            if member.size > META_BYTES:
+                source.refuse(f"has {member.size:,} bytes, ten label names are expected")
+            names = tuple(read_whole(source, member).decode("utf-8", "replace").split())
         elif split := _cifar_split(member, ".bin"):
             if member.size == 0 or member.size % CIFAR_RECORD:
                 source.refuse(f"has {member.size:,} bytes, which is no multiple of the {CIFAR_RECORD:,} of a record")
@@ -48,15 +51,19 @@ def cifar10_python(source: Source) -> Images:
     names: tuple[str, ...] = ()
     for member in tar_members(source, source.open()):
         if member.base_name == "batches.meta":
-            found = _unpickled(source, member).get(b"label_names", ())
-            names = tuple(n.decode() for n in found if isinstance(n, bytes))
+            found = _unpickled(source, member).get(b"label_names")
+            if isinstance(found, list) and len(found) == 10:  # a short pickle can name one long text many times
+                names = tuple(n.decode("utf-8", "replace") for n in found if isinstance(n, bytes))
         elif split := _cifar_split(member, ""):
             batch = _unpickled(source, member)
             pixels, labels = batch.get(b"data"), batch.get(b"labels")
             if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (CIFAR_PIXELS,):
                 source.refuse(f"its b'data' is no uint8 array of shape (N, {CIFAR_PIXELS:,})")
-            if not isinstance(labels, list) or len(labels) != len(pixels):
-                source.refuse(f"has {len(pixels):,} images, but b'labels' is no list of as many labels")
+            # The types come first: NumPy would try to unfold whatever lies in a list.
+            if not isinstance(labels, list) or not all(type(n) is int and abs(n) < 2**31 for n in labels):
+                source.refuse("its b'labels' is no list of numbers")
+            if len(labels) != len(pixels):
+                source.refuse(f"has {len(pixels):,} images and {len(labels):,} b'labels'")
             _check_labels(source, np.asarray(labels), 10)
             for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
                 yield RawImage(split, row.reshape(CIFAR_SHAPE), int(label), f"{member.name}[{i}]")
@@ -85,33 +92,11 @@ def _check_labels(source: Source, labels: np.ndarray, classes: int, first: int =
         source.refuse(f"{where} has label {labels[wrong[0]]}, labels are 0 … {classes - 1}")
 
 
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_PICKLE_ALLOWS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Rebuilds containers and arrays; whatever else a pickle asks for is refused, so it cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLE_ALLOWS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _PICKLE_ALLOWS[module, name]
-
-
 def _unpickled(source: Source, member: Member) -> dict[bytes, Any]:
-    data = read_exactly(source, member.stream, member.size, "its end")
     try:
-        value = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        return unpickle(read_whole(source, member))
+    except PickleError as error:
         source.refuse(f"is not a pickle of arrays: {error}")
-    if not isinstance(value, dict):
-        source.refuse(f"holds a {type(value).__name__}, a dict is expected")
-    return value
 
 
 # --- IDX: MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017) -------------------------------------------------
@@ -135,8 +120,18 @@ def idx(source: Source) -> Images:
             (n_labels,) = _idx_header(source, labels, labels_path, 1)
             if n != n_labels:
                 source.refuse(f"{_base(images_path)} has {n:,} images, {_base(labels_path)} has {n_labels:,} labels")
-            for first in range(0, n, RECORDS_AT_ONCE):
-                rows, size = min(RECORDS_AT_ONCE, n - first), height * width
+            size = height * width
+            if size > source.limits.pixels:
+                source.at = f"{_base(images_path)} (byte 8)"
+                source.refuse(
+                    f"its header says {height:,} x {width:,} pixels an image, more than"
+                    f" --max-megapixels {source.limits.pixels / 1e6:,.0f} allows"
+                )
+            _check_room(source, images, images_path, 16, n * size)
+            _check_room(source, labels, labels_path, 8, n)
+            at_once = max(1, min(RECORDS_AT_ONCE, PIECE_BYTES // size))
+            for first in range(0, n, at_once):
+                rows = min(at_once, n - first)
                 source.at = f"{_base(images_path)} (byte {16 + first * size:,})"
                 pixels = np.frombuffer(read_exactly(source, images, rows * size, f"its {n:,} images"), np.uint8)
                 source.at = f"{_base(labels_path)} (byte {8 + first:,})"
@@ -176,6 +171,14 @@ def _idx_header(source: Source, stream: IO[bytes], path: str, dimensions: int) -
     if not all(sizes):
         source.refuse(f"its header counts nothing: {' x '.join(map(str, sizes))}")
     return tuple(sizes)
+
+
+def _check_room(source: Source, stream: IO[bytes], path: str, header: int, items: int) -> None:
+    room = source.room(path, stream)
+    if room is not None and header + items > room:
+        source.at = f"{_base(path)} (byte {header})"
+        short = header + items - room
+        source.refuse(f"ends at least {short:,} bytes short of the {items:,} that its header counts")
 
 
 def _base(path: str) -> str:

@@ -9,13 +9,16 @@ from pyarrow import fs as pafs
 
 from pipelines.data.sources_io import (
     UNLABELLED,
+    BadFile,
     EncodedImage,
     ImageFile,
     Images,
     Member,
     Source,
-    read_exactly,
+    member_names,
+    read_whole,
     tar_members,
+    too_large,
 )
 from pipelines.errors import FigmentError
 
@@ -29,20 +32,35 @@ SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "valid": "val",
 def imagenet_train(source: Source) -> Images:
     """`ILSVRC2012_img_train.tar`: a tar of one tar of JPEGs a synset.
 
-    Labels count the synsets in the order in which they stand in the archive (the official one has them sorted), so that
-    the stream need not be read twice; label names are their WordNet ids.
+    A label is the place among the sorted WordNet ids, as in the validation set, in whatever order the archive has them:
+    where one can jump in it, all ids are read first. Else they must stand sorted, as in the official archive.
     """
-    synsets: dict[str, int] = {}
+    synsets = [_synset(source, name) for name in member_names(source)]
+    known = {synset: label for label, synset in enumerate(sorted(synsets))}
+    seen: list[str] = []
     for outer in tar_members(source, source.open()):
-        synset, dot, suffix = outer.base_name.rpartition(".")
-        if not dot or suffix != "tar":
-            source.refuse("is no tar of a class; in ILSVRC2012_img_train.tar every member is")
-        if synset in synsets:
+        synset = _synset(source, outer.name)
+        if synset in seen:
             source.refuse(f"is the second tar of class {synset}")
-        synsets[synset] = len(synsets)
+        if not synsets and seen and synset < seen[-1]:
+            source.refuse(
+                f"class {synset} stands after {seen[-1]}, and a label is the place among the sorted ids, which a stream"
+                " cannot tell beforehand; pack it with tar --sort=name, or read an uncompressed local copy"
+            )
+        if synsets and synset not in known:
+            source.refuse("was not there before: the archive has changed while it was read")
+        label = known.get(synset, len(seen))
+        seen.append(synset)
         for member in tar_members(source, outer.stream, inside=outer):
-            yield _encoded(source, "train", member, synsets[synset])
-    return tuple(synsets)
+            yield _encoded(source, "train", member, label)
+    return tuple(sorted(seen))
+
+
+def _synset(source: Source, name: str) -> str:
+    synset, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    if not dot or suffix != "tar":
+        source.refuse(f"{name} is no tar of a class; in ILSVRC2012_img_train.tar every member is")
+    return synset
 
 
 def imagenet_val(source: Source) -> Images:
@@ -88,9 +106,11 @@ def _ground_truth(source: Source) -> tuple[list[int], tuple[str, ...]]:
     return [index[line] for line in lines], tuple(names)
 
 
-def _encoded(source: Source, split: str, member: Member, label: int) -> EncodedImage:
-    data = read_exactly(source, member.stream, member.size, f"its {member.size:,} bytes")
-    return EncodedImage(split, data, label, f"{member.name} (byte {member.offset:,})")
+def _encoded(source: Source, split: str, member: Member, label: int) -> EncodedImage | BadFile:
+    where = f"{member.name} (byte {member.offset:,})"
+    if member.size > source.limits.file_bytes:
+        return BadFile(split, too_large(member.size, source.limits), label, where)
+    return EncodedImage(split, read_whole(source, member), label, where)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -123,8 +143,12 @@ def folders(source: Source) -> Images:
     return tuple(classes)
 
 
-def _image_files(source: Source, split: str, found: list[pafs.FileInfo], label: int) -> Iterator[ImageFile]:
+def _image_files(source: Source, split: str, found: list[pafs.FileInfo], label: int) -> Iterator[ImageFile | BadFile]:
     for info in found:
         if info.type == pafs.FileType.File and info.base_name.lower().endswith(IMAGE_SUFFIXES):
-            source.bytes_read += info.size or 0
-            yield ImageFile(split, info.path, label, info.path.removeprefix(source.path).strip("/"))
+            member, size = info.path.removeprefix(source.path).strip("/"), info.size or 0
+            if size > source.limits.file_bytes:
+                yield BadFile(split, too_large(size, source.limits), label, member)
+                continue
+            source.bytes_read += size
+            yield ImageFile(split, info.path, label, member)

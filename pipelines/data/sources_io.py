@@ -1,6 +1,7 @@
 """What the source formats share: the records that they yield, and streams that fail with a file, a member and a byte.
 
-Nothing here holds more than one member of an archive, and nothing is unpacked to disk.
+Nothing here holds more than one member of an archive, and nothing is unpacked to disk. What a header claims is believed
+only within `Limits`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -24,7 +25,27 @@ from pipelines.errors import FigmentError
 
 UNLABELLED = -1
 CHUNK = 1 << 20  # bytes
+BUFFER = 128 << 10  # bytes
 FETCH = 8 << 20  # bytes: an object store answers each read with one request, so few large ones
+PILLOW_PIXELS = 178_000_000  # of an image that Pillow still opens
+UNPACKED_FLOOR = 10**9  # bytes that any compressed file may unpack to, whatever its ratio
+GLOBAL_HEADERS = 1000  # entries
+HEADER_BYTES = 64 << 10  # of one extended tar header: long names and the like; `tarfile` holds it whole
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a source may ask for; every image of ImageNet and every member of the official archives is far within."""
+
+    file_bytes: int = 64_000_000  # of a member that is held whole: an image file, a pickle
+    pixels: int = 100_000_000  # of one image; decoding takes 4 to 6 bytes of memory a pixel
+    ratio: int = 200  # a compressed file to its contents (beyond UNPACKED_FLOOR), an image file to its pixels
+
+    def __post_init__(self) -> None:
+        if self.file_bytes < 1 or self.pixels < 1 or self.ratio < 1:
+            raise FigmentError("limits of file size, pixels and ratio must be at least 1")
+        if self.pixels > PILLOW_PIXELS:
+            raise FigmentError(f"at most {PILLOW_PIXELS / 1e6:,.0f} megapixels can be allowed: Pillow decodes no more")
 
 
 @dataclass(frozen=True)
@@ -57,9 +78,26 @@ class ImageFile:
     member: str
 
 
-SourceImage = RawImage | EncodedImage | ImageFile
+@dataclass(frozen=True)
+class BadFile:
+    """An image file that is not even read."""
+
+    split: str
+    reason: str
+    label: int
+    member: str
+
+
+SourceImage = RawImage | EncodedImage | ImageFile | BadFile
 Images = Generator[SourceImage, None, tuple[str, ...]]
 """What a format is: its images, lazily, and at the end the names of its labels."""
+
+
+_UNPACK: dict[bytes, Callable[[IO[bytes]], io.BufferedIOBase]] = {
+    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": bz2.BZ2File,
+}
 
 
 @dataclass
@@ -71,6 +109,7 @@ class Source:
     name: str  # for messages and the manifest: the url, without credentials
     labels: tuple[str, ...] | None = None  # lines of a ground-truth file, for formats that keep labels apart
     labels_name: str = ""
+    limits: Limits = field(default_factory=Limits)
     bytes_read: int = field(default=0, init=False)
     at: str = field(default="", init=False)  # the member that is being read
 
@@ -87,21 +126,24 @@ class Source:
         """Turns what the readers of streams and archives raise into one sentence."""
         try:
             yield
-        except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             self.refuse(f"cannot be read on after byte {self.bytes_read:,} of the file: {reason}")
 
     def open(self, path: str | None = None) -> IO[bytes]:
         """A sequential stream of the plain bytes of `path`: gzip, xz and bzip2 are recognised and decompressed."""
-        raw = io.BufferedReader(_Counted(self, self.fs.open_input_stream(path or self.path, compression=None)), FETCH)
+        counted = _Counted(self, self.fs.open_input_stream(path or self.path, compression=None))
+        raw = io.BufferedReader(counted, FETCH)
         magic = raw.peek(6)[:6]
-        if magic[:2] == b"\x1f\x8b":
-            return cast("IO[bytes]", gzip.GzipFile(fileobj=raw, mode="rb"))
-        if magic == b"\xfd7zXZ\x00":
-            return cast("IO[bytes]", lzma.LZMAFile(raw))
-        if magic[:3] == b"BZh":
-            return cast("IO[bytes]", bz2.BZ2File(raw))
-        return cast("IO[bytes]", raw)
+        unpack = next((opener for mark, opener in _UNPACK.items() if magic.startswith(mark)), None)
+        return raw if unpack is None else io.BufferedReader(_Unpacked(self, counted, unpack(raw)), BUFFER)
+
+    def room(self, path: str, stream: IO[bytes]) -> int | None:
+        """The most bytes that `stream`, which `open` made of `path`, can have; None when its length is unknown."""
+        size = self.fs.get_file_info(path).size
+        if size is None or not isinstance(getattr(stream, "raw", None), _Unpacked):
+            return cast("int | None", size)
+        return max(UNPACKED_FLOOR, self.limits.ratio * size)
 
     def files(self, folder: str) -> list[pafs.FileInfo]:
         """What lies directly in `folder`, by name; hidden entries are left out."""
@@ -117,6 +159,7 @@ class _Counted(io.RawIOBase):
         super().__init__()
         self._source = source
         self._stream = stream
+        self.count = 0
 
     def readable(self) -> bool:
         return True
@@ -124,11 +167,40 @@ class _Counted(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
+        self.count += len(data)
         self._source.bytes_read += len(data)
         return len(data)
 
     def close(self) -> None:
         self._stream.close()
+        super().close()
+
+
+class _Unpacked(io.RawIOBase):
+    """The contents of a compressed stream, as long as they are in proportion to what was read of it."""
+
+    def __init__(self, source: Source, packed: _Counted, stream: io.BufferedIOBase) -> None:
+        super().__init__()
+        self._source, self._packed, self._stream = source, packed, stream
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._stream.read1(len(buffer))  # all that there is before an error
+        buffer[: len(data)] = data
+        self._count += len(data)
+        if self._count > max(UNPACKED_FLOOR, self._source.limits.ratio * self._packed.count):
+            self._source.refuse(
+                f"{self._packed.count:,} bytes unpack to more than {self._source.limits.ratio:,} times as many;"
+                " if they are meant to, raise --max-ratio"
+            )
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._packed.close()
         super().close()
 
 
@@ -157,8 +229,12 @@ def tar_members(source: Source, stream: IO[bytes], inside: Member | None = None)
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as tar:
         while (info := tar.next()) is not None:
             vars(tar)["members"] = []  # tarfile would remember every member: 1 GB for ImageNet
+            if len(tar.pax_headers) > GLOBAL_HEADERS:
+                raise tarfile.ReadError(f"more than {GLOBAL_HEADERS} entries in its global headers")
             if not info.isfile():
                 continue
+            if info.issparse():
+                raise tarfile.ReadError(_SPARSE)
             member = Member(outer + info.name, base + info.offset_data, info.size, tar.extractfile(info))  # type: ignore[arg-type]
             source.at = f"{member.name} (byte {member.offset:,})"
             yield member
@@ -171,15 +247,56 @@ def tar_members(source: Source, stream: IO[bytes], inside: Member | None = None)
         pass
 
 
+def member_names(source: Source) -> list[str]:
+    """All files of the tar that `source` is, by jumping from header to header; empty where only a stream can be read.
+
+    That is from the web, where each jump may fetch megabytes, and out of a compressed file.
+    """
+    if isinstance(source.fs, pafs.PyFileSystem):
+        return []
+    with source.fs.open_input_file(source.path) as file:
+        if bytes(file.read(6)).startswith(tuple(_UNPACK)):
+            return []
+        file.seek(0)
+        names = []
+        with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_StrictTarInfo) as tar:
+            while (info := tar.next()) is not None:
+                vars(tar)["members"] = []
+                names += [info.name] if info.isfile() else []
+        return names
+
+
+_SPARSE = "it has a sparse file, whose size is only claimed; pack it without --sparse"
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError, OverflowError, RecursionError) as error:
             if type(error).__name__ == "EOFHeaderError":  # the zero block that ends a whole archive
                 raise
             raise tarfile.ReadError(f"no tar header at byte {tar.offset:,} ({error}): cut off or damaged") from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(_SPARSE)
+        if info.size < 0 or (info.type in _EXTENDED and info.size > HEADER_BYTES):
+            raise tarfile.ReadError(f"a header that claims {info.size:,} bytes")
+        return info
+
+    def _proc_gnusparse_10(self, *_: object) -> NoReturn:  # its map may be as long as the archive
+        raise tarfile.ReadError(_SPARSE)
 
 
 def read_exactly(source: Source, stream: IO[bytes], size: int, what: str) -> bytes:
@@ -188,3 +305,14 @@ def read_exactly(source: Source, stream: IO[bytes], size: int, what: str) -> byt
     if len(data) < size:
         source.refuse(f"ends {size - len(data):,} bytes short of {what}: the file is cut off, fetch it again")
     return data
+
+
+def read_whole(source: Source, member: Member) -> bytes:
+    """All of a member that `Limits` let in."""
+    if member.size > source.limits.file_bytes:
+        source.refuse(too_large(member.size, source.limits))
+    return read_exactly(source, member.stream, member.size, f"its {member.size:,} bytes")
+
+
+def too_large(size: int, limits: Limits) -> str:
+    return f"has {size:,} bytes, more than --max-file-mb {limits.file_bytes / 1e6:,.0f} allows"

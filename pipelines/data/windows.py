@@ -9,7 +9,6 @@ pixels may take ten times the room.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 from pyarrow import fs as pafs
 
+from pipelines.data.images import DAMAGE, open_image
 from pipelines.data.manifest import Shard
 from pipelines.data.plan import Window, window_order
 from pipelines.errors import FigmentError
@@ -136,14 +135,14 @@ def _load(fs: pafs.FileSystem, layout: Layout, shard: Shard) -> pa.Table:
     try:
         # One request for the whole object: a stream of a pyarrow S3 filesystem reads it in many, ten times slower.
         with fs.open_input_file(path) as file:
-            data = file.readall()
+            data = file.read_buffer()  # no copy of what a patient filesystem has in memory already
     except FileNotFoundError as error:
         raise FigmentError(f"{where} is missing in the storage; {REPAIR}") from error
     except OSError as error:
         reason = " ".join(str(error).split())  # one sentence, however many lines the storage has to say
         raise FigmentError(f"{where} cannot be read: {reason}; check the storage and run it again") from error
-    if len(data) != shard.bytes:
-        raise FigmentError(f"{where} has {len(data)} bytes, its manifest says {shard.bytes}; {REPAIR}")
+    if data.size != shard.bytes:
+        raise FigmentError(f"{where} has {data.size} bytes, its manifest says {shard.bytes}; {REPAIR}")
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise FigmentError(f"{where} is damaged: its sha256 is not the one of the manifest; {REPAIR}")
     try:
@@ -163,11 +162,13 @@ def _decode(layout: Layout, file: pa.Buffer, where: pa.StringScalar) -> np.ndarr
     """uint8 (C, H, W) of one encoded image."""
     gray = layout.image_shape[0] == 1
     try:
-        with Image.open(io.BytesIO(file)) as image:
-            pixels = np.asarray(image.convert("L" if gray else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise FigmentError(f"{where} cannot be decoded ({error}); {REPAIR}") from error
-    pixels = pixels[None] if gray else pixels.transpose(2, 0, 1)
-    if pixels.shape != layout.image_shape:
-        raise FigmentError(f"{where} has shape {pixels.shape}, the manifest says {layout.image_shape}; {REPAIR}")
-    return pixels
+        image = open_image(memoryview(file), (layout.encoding.upper(),))
+        shape = (layout.image_shape[0], image.height, image.width)
+        # Asked before it is decoded: what the header claims may be more than the memory holds.
+        pixels = np.asarray(image.convert("L" if gray else "RGB")) if shape == layout.image_shape else None
+    except DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FigmentError(f"{where} cannot be decoded ({reason}); {REPAIR}") from error
+    if pixels is None:
+        raise FigmentError(f"{where} has shape {shape}, the manifest says {layout.image_shape}; {REPAIR}")
+    return pixels[None] if gray else pixels.transpose(2, 0, 1)

@@ -67,6 +67,11 @@ def newest_bundle(fs: pafs.FileSystem, run_folder: str, rank: int = 0) -> tuple[
     return None, []
 
 
+def highest_fence(fs: pafs.FileSystem, run_folder: str) -> int:
+    """Of all launches that wrote a checkpoint, half-written ones too; 0 when there is none."""
+    return max((checkpoint.fence for checkpoint in _checkpoints(fs, run_folder)), default=0)
+
+
 def prune_bundles(fs: pafs.FileSystem, run_folder: str, keep: int, fence: int) -> None:
     """Delete all but the `keep` newest valid bundles, and half-written ones older than the newest valid one; nothing
     that a later launch than `fence` wrote. A bundle loses `bundle.json` first: it is never valid and incomplete."""

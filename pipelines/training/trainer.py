@@ -27,6 +27,7 @@ from pipelines.objects import remove_folder
 from pipelines.tracking import Status, Tracking, end_run, send_outbox
 from pipelines.training.allocator import keep_freed_memory
 from pipelines.training.claim import claim, data_of, finished
+from pipelines.training.history import highest_fence
 from pipelines.training.line import following, open_line, speaker, spoken_warnings, tell_error, told_error
 from pipelines.training.reporter import Outcome, Reporter, TrackedReporter
 from pipelines.training.worker import Launch, Place, TakenOverError, TrainingLoop
@@ -59,7 +60,7 @@ def launch(
         manifest = data_of(fs, name, spec, say)
         _check_fits(spec, manifest)
         use_gpu = _check_cluster(spec)
-        with _owned(leases, name, say) as fence:
+        with _owned(leases, fs, name, say) as fence:
             outcome = finished(fs, name, spec)  # another launch may have ended while this one waited
             if outcome is None:
                 claim(fs, name, spec, manifest)
@@ -157,13 +158,15 @@ def _choose_deterministic_algorithms() -> None:
 
 
 @contextmanager
-def _owned(leases: ConditionalStore | None, name: str, say: Callable[[str], None]) -> Iterator[int]:
+def _owned(
+    leases: ConditionalStore | None, fs: pafs.FileSystem, name: str, say: Callable[[str], None]
+) -> Iterator[int]:
     """Inside, no other launch trains this run; the number of this one among all that ever owned it."""
     if leases is None:
         yield 0
         return
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    with hold(leases, f"runs/{name}/lease.json", holder, say=say) as lease:
+    with hold(leases, f"runs/{name}/lease.json", holder, say=say, above=highest_fence(fs, f"runs/{name}")) as lease:
         yield lease.fence
 
 

@@ -7,67 +7,28 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from urllib.error import HTTPError
 
 import psutil
 import pytest
 
-from infra import processes, servers
-from infra.home import Credentials, Home, State
-from infra.local import PARTS
+from infra import checks, processes
+from infra.parts import PARTS
 from infra.processes import Running
 from jobs.doctor import check_tracking
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Stack:
-    def __init__(self, folder: Path, temp: Path):
-        self.home = Home(folder)
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_AUTH"))}
-        self.env |= {"FIGMENT_HOME": str(folder), "TMPDIR": str(temp)}
-
-    def command(self, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "infra.local", *words]
-        env = {**self.env, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
-
-    @property
-    def state(self) -> State:
-        return State.load(self.home)
-
-    @property
-    def credentials(self) -> Credentials:
-        return Credentials.load(self.home)
-
-    def url(self, port: str) -> str:
-        return f"http://127.0.0.1:{self.state.ports[port]}"
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    # Not below pytest's own temp folder: the paths of unix sockets may not be long.
-    temp = Path(os.path.realpath("/tmp")) / f"fgmt-{os.getpid()}"
-    temp.mkdir(mode=0o700)
-    one = Stack(tmp_path_factory.mktemp("stack") / "home", temp)
-    try:
-        assert one.command("status").returncode == 1
-        assert "make stack" in one.command("run", "--", "true").stderr
-        came_up = one.command("up")
-        assert came_up.returncode == 0, came_up.stdout + came_up.stderr
-        yield one
-    finally:
-        for running in one.state.running.values():
-            processes.stop(running)
-        subprocess.run(["rm", "-r", str(temp)], check=True)
+READ_FS = (
+    "import sys; from pyarrow import fs as pafs; from infra.storage import default_store, open_storage\n"
+    "from pipelines.objects import read_object, write_object\n"
+    "fs = open_storage(default_store())"
+)
 
 
 def test_up_again_changes_nothing(stack):
@@ -90,13 +51,14 @@ def test_status_has_a_line_for_each_part(stack):
 
 
 def test_everything_listens_on_loopback_only(stack):
-    listening = [
-        (process.name(), connection.laddr.ip)
-        for running in stack.state.running.values()
-        for process in processes.session(running)
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = []
+    for _, process in stack.processes():
+        with suppress(psutil.NoSuchProcess):
+            listening += [
+                (process.name(), connection.laddr.ip)
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            ]
     assert len(listening) > 10
     assert {ip.removeprefix("::ffff:") for _, ip in listening} == {"127.0.0.1"}, listening
 
@@ -108,8 +70,8 @@ def test_files_are_private_and_hold_no_secret_but_where_they_should(stack):
     keys = stack.credentials
     hidden = [keys.secret_key, keys.password, keys.session_key, stack.home.token_file.read_text()]
     public = [stack.home.state_file, *stack.home.folder.glob("logs/*.log")]
-    for running in stack.state.running.values():
-        for process in processes.session(running):
+    for _, process in stack.processes():
+        with suppress(psutil.NoSuchProcess):
             assert not any(secret in " ".join(process.cmdline()) for secret in hidden)
     for path in public:
         assert not any(secret in path.read_text(errors="replace") for secret in hidden), path
@@ -118,7 +80,7 @@ def test_files_are_private_and_hold_no_secret_but_where_they_should(stack):
 
 def test_whoever_has_no_login_is_refused(stack):
     search = "/api/2.0/mlflow/experiments/search"
-    wrong = servers.basic_auth(stack.credentials.user, "wrong")
+    wrong = checks.basic_auth(stack.credentials.user, "wrong")
     for url, header, body in [
         (f"{stack.url('mlflow')}{search}", {}, {"max_results": 1}),
         (f"{stack.url('mlflow')}{search}", wrong, {"max_results": 1}),
@@ -127,11 +89,9 @@ def test_whoever_has_no_login_is_refused(stack):
         (f"{stack.url('dashboard')}/api/jobs/", {}, None),
         (f"{stack.url('dashboard')}/api/jobs/", {"Authorization": "Bearer wrong"}, None),
         (f"{stack.url('s3')}/figment", {}, None),
-        (f"{stack.url('filer')}/buckets/figment/", {}, None),
-        (f"{stack.url('volume')}/1,01", {}, None),
     ]:
         with pytest.raises(HTTPError) as refused:
-            servers.ask(url, header, body)
+            checks.ask(url, header, body)
         assert refused.value.code in (401, 403), url
 
 
@@ -154,15 +114,37 @@ def test_env_is_what_a_shell_evaluates(stack):
 
 
 def test_run_gives_the_environment_and_the_exit_code(stack):
-    code = (
-        "import sys\n"
-        "from infra.storage import default_store, open_storage; from pipelines.objects import write_object\n"
-        "write_object(open_storage(default_store()), 'kept/key', b'before the crash'); sys.exit(7)"
-    )
+    code = f"{READ_FS}\nwrite_object(fs, 'kept/key', b'before'); sys.exit(7)"
     assert stack.command("run", "--", sys.executable, "-c", code).returncode == 7
     missing = stack.command("run", "--", "no-such-program")
     assert missing.returncode == 2
     assert "error: cannot run no-such-program" in missing.stderr
+
+
+def test_status_and_the_question_who_runs_write_nothing(stack):
+    def files() -> dict[str, tuple[int, int]]:
+        written = [path for path in stack.home.folder.iterdir() if path.is_file()]
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in [*written, auth]}
+
+    auth = stack.home.folder / "mlflow" / "auth.ini"
+    before = files()
+    assert stack.command("status").returncode == 0
+    assert stack.command("env").returncode == 0
+    after = files()
+    del before["lock"], after["lock"]
+    assert after == before
+
+
+def test_trying_the_parts_left_nothing_that_one_sees(stack):
+    keys = stack.credentials
+    login = checks.basic_auth(keys.user, keys.password)
+    search = {"max_results": 10, "view_type": "ACTIVE_ONLY"}
+    seen = checks.ask(f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search", login, search)
+    assert [experiment["name"] for experiment in seen["experiments"]] == ["Default"]
+    token = {"Authorization": f"Bearer {stack.home.token_file.read_text()}"}
+    assert not [job for job in checks.ask(f"{stack.url('dashboard')}/api/jobs/", token) if job["entrypoint"] == "true"]
+    names = stack.python(f"{READ_FS}\nprint([i.path for i in fs.get_file_info(pafs.FileSelector('', recursive=True))])")
+    assert not any(word in names for word in (".probe-", "mlflow/")), names
 
 
 def test_a_job_goes_through_it_and_its_exit_code_comes_back(stack, tmp_path):
@@ -190,7 +172,7 @@ def test_a_job_is_not_started_twice_and_stops_when_asked(stack, tmp_path):
     submit = functools.partial(
         subprocess.Popen,
         [*command, "python", "long.py"],
-        env={**stack.env, "PYTHONPATH": str(ROOT)},
+        env=stack.env,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -213,54 +195,144 @@ def test_a_job_is_not_started_twice_and_stops_when_asked(stack, tmp_path):
         assert "stopped" in said
 
 
-def test_a_dead_part_is_named_and_comes_back_with_its_data_even_on_another_port(stack):
+UP_AT_ONCE = """
+import sys
+from infra import local, plan
+plan.PATIENCE_S = 2.0
+raise SystemExit(local.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def busy(stack, tmp_path) -> Iterator[subprocess.Popen[bytes]]:
+    """Someone follows a job that is at work; afterwards the job is stopped."""
+    (tmp_path / "busy.py").write_text("import time\nprint('at work', flush=True)\ntime.sleep(600)\n")
+    command = [sys.executable, "-m", "infra.local", "run", "--", sys.executable, "-m", "jobs.submit", "--"]
+    job = subprocess.Popen([*command, "python", "busy.py"], env=stack.env, cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        assert job.stdout is not None
+        while (line := job.stdout.readline()) != b"at work\n":
+            assert line, "the job ended"
+        yield job
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=120)
+    finally:
+        job.kill()
+        job.communicate()
+
+
+def test_a_head_with_running_jobs_is_never_replaced_unasked(stack, busy):
     before = stack.state
-    psutil.Process(before.running["s3"].pid).kill()
-    psutil.wait_procs(processes.session(before.running["s3"]), timeout=30)
+    (dashboard,) = [
+        process
+        for process in processes.session(before.running["ray"])
+        if any(word.endswith("/dashboard/dashboard.py") for word in process.cmdline())
+    ]
+    dashboard.suspend()  # the job server hangs, as on a machine that swaps; the job goes on
+    try:
+        command = [sys.executable, "-c", UP_AT_ONCE, "up"]
+        hangs = subprocess.run(command, env=stack.env, capture_output=True, text=True, timeout=400, check=False)
+    finally:
+        dashboard.resume()
+    assert hangs.returncode == 2, hangs.stdout
+    assert "does not answer" in hangs.stderr
+    assert "`python busy.py`" in hangs.stderr
+    assert "up --replace" in hangs.stderr
+    assert "Traceback" not in hangs.stderr
+    assert stack.state == before
+
+    _kill(before.running["s3"])
+    with _taken(before.ports["s3"]):
+        moved = stack.command("up")
+    assert moved.returncode == 2, moved.stdout
+    assert f"port {before.ports['s3']} (s3) is used by another program" in moved.stderr
+    assert "`python busy.py`" in moved.stderr
+    assert stack.state == before, "S3 may come back where the job looks for it"
+    assert busy.poll() is None
+
+    back = stack.command("up")
+    assert back.returncode == 0, back.stdout + back.stderr
+    assert stack.state.running["ray"] == before.running["ray"]
+    assert busy.poll() is None
+
+
+def test_a_dead_part_is_named_and_comes_back_with_its_data_even_on_another_port(stack):
+    log = (
+        "import mlflow; mlflow.set_experiment('moves'); mlflow.start_run(run_name={name!r})\n"
+        "mlflow.log_text('here', 'a.txt')"
+    )
+    stack.python(log.format(name="before"))
+    before = stack.state
+    _kill(before.running["s3"])
     status = stack.command("status")
     assert status.returncode == 1
     (dead,) = [line for line in status.stdout.splitlines() if "ended by itself" in line]
     assert dead.split("  ")[1] == "S3 server"
     assert f"the end of {stack.home.log('s3')}:" in status.stdout
+    # Without storage MLflow answers, but does not work: no artifact arrives.
+    login = checks.basic_auth(stack.credentials.user, stack.credentials.password)
+    checks.mlflow_answers(stack.url("mlflow"), login)
+    with pytest.raises(OSError, match=r"500|timed out"):
+        checks.mlflow_works(stack.url("mlflow"), login)
 
-    with socket.socket() as squatter:
-        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        squatter.bind(("127.0.0.1", before.ports["s3"]))
-        squatter.listen()
+    with _taken(before.ports["s3"]):
         up = stack.command("up")
     assert up.returncode == 0, up.stdout + up.stderr
     after = stack.state
     assert f"port {before.ports['s3']} (s3) is used by another program: {after.ports['s3']} from now on" in up.stdout
-    assert "the Ray head must learn the new ports" in up.stdout
-    assert after.running["mlflow"] == before.running["mlflow"]
-    assert after.running["ray"] != before.running["ray"]
-    assert not processes.alive(before.running["ray"])
+    for part, name in (("mlflow", "MLflow server"), ("ray", "Ray head")):
+        assert f"the {name} is started again, because it must learn the new ports" in up.stdout
+        assert after.running[part] != before.running[part]
+        assert not processes.alive(before.running[part])
 
-    code = (
-        "from infra.storage import default_store, open_storage; from pipelines.objects import read_object\n"
-        "print(read_object(open_storage(default_store()), 'kept/key'))"
+    stack.python(log.format(name="after"))
+    fetch = (
+        "import mlflow; runs = mlflow.search_runs(experiment_names=['moves'], output_format='list')\n"
+        "text = lambda run: mlflow.artifacts.load_text(f'runs:/{run.info.run_id}/a.txt')\n"
+        "print(sorted((run.info.run_name, text(run)) for run in runs))"
     )
-    assert stack.command("run", "--", sys.executable, "-c", code).stdout == "b'before the crash'\n"
+    assert stack.python(fetch) == "[('after', 'here'), ('before', 'here')]\n"
+    assert stack.python(f"{READ_FS}\nprint(read_object(fs, 'kept/key'))") == "b'before'\n"
+
+
+def _kill(running: Running) -> None:
+    leader = psutil.Process(running.pid)
+    leader.kill()
+    leader.wait(timeout=30)  # until then it holds its ports
+
+
+@contextmanager
+def _taken(port: int) -> Iterator[None]:
+    """Another program listens there."""
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("127.0.0.1", port))
+        squatter.listen()
+        yield
 
 
 def test_down_stops_what_it_started_and_nothing_else(stack):
     state = stack.state
     members = [process for running in state.running.values() for process in processes.session(running)]
     assert len(members) > 10
-    # As after a restart of the machine: the id is there again, but it is someone else's.
+    # As after a restart of the machine: the id is there again, born at the same second, but it is someone else's.
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    # As another version may have left it: a port that it did not know, a part and a field that this one does not know.
+    body = json.loads(stack.home.state_file.read_text())
+    del body["ports"]["volume_grpc"], body["ports"]["agent"]
+    born = psutil.Process(stranger.pid).create_time() - psutil.boot_time()
+    body["running"]["later"] = {"pid": stranger.pid, "born": born, "mark": "0" * 32, "told": "", "more": 1}
+    stack.home.state_file.write_text(json.dumps(body))
     try:
-        true_mlflow = state.running["mlflow"]
-        state.running["mlflow"] = Running(stranger.pid, true_mlflow.born - 1000)
-        state.save(stack.home)
+        assert stack.command("status").returncode == 1
         down = stack.command("down")
         assert down.returncode == 0, down.stderr
-        assert "MLflow server  had ended" in down.stdout
+        assert "later          had ended" in down.stdout
+        assert down.stdout.count("stopped") == 3
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
-        processes.stop(true_mlflow)
     _, left = psutil.wait_procs(members, timeout=30)
     assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
     assert json.loads(stack.home.state_file.read_text())["running"] == {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import socket
+import stat
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from infra.private import write_secret
 from infra.processes import (
     Running,
     Server,
@@ -22,16 +25,21 @@ from infra.processes import (
     start,
     stop,
     tail,
+    wait_or_start_again,
     wait_until_serving,
+    why_silent,
 )
 
 
 def _server(folder: Path, code: str, **more) -> Server:
-    def check() -> None:
+    def answers() -> None:
         if not (folder / "ready").exists():
             raise FileNotFoundError("ready")
 
-    return Server("test server", "http://127.0.0.1", [sys.executable, "-c", code], {}, folder, check, **more)
+    command = [sys.executable, "-c", code]
+    return Server(
+        "test server", "http://127.0.0.1", command, {}, folder, **{"answers": answers, "works": answers, **more}
+    )
 
 
 def test_starts_waits_and_stops_with_all_that_it_forked(tmp_path):
@@ -67,6 +75,28 @@ def test_server_that_dies_at_start_is_reported_with_its_log(tmp_path):
         wait_until_serving(server, running, tmp_path / "x.log")
 
 
+def test_a_server_that_gave_up_is_started_again_as_often_as_it_allows(tmp_path):
+    code = (
+        "import pathlib, time\n"
+        "if not pathlib.Path('once').exists(): pathlib.Path('once').touch(); raise SystemExit('too slow')\n"
+        "pathlib.Path('ready').touch(); time.sleep(600)\n"
+    )
+    server = _server(tmp_path, code, starts=2)
+    first, told = start(server, tmp_path / "x.log"), []
+    running = wait_or_start_again(server, first, tmp_path / "x.log", told.append)
+    try:
+        assert told == [running]
+        assert running != first and alive(running)
+        assert "too slow" in (tmp_path / "x.previous.log").read_text()
+    finally:
+        stop(running)
+    (tmp_path / "once").unlink()
+    (tmp_path / "ready").unlink()
+    once = replace(server, starts=1)
+    with pytest.raises(StackError, match="ended while it started"):
+        wait_or_start_again(once, start(once, tmp_path / "x.log"), tmp_path / "x.log")
+
+
 def test_server_that_never_serves_is_reported(tmp_path):
     server = _server(tmp_path, "import time; print('warming up', flush=True); time.sleep(600)", patience_s=3.0)
     running = start(server, tmp_path / "x.log")
@@ -90,6 +120,134 @@ def test_a_process_that_got_the_id_later_is_left_alone(tmp_path):
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def _leaderless(folder: Path) -> tuple[int, psutil.Process]:
+    """The number of a session whose leader has ended, and a process that is still in it."""
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+    )
+    leader = subprocess.run(
+        [sys.executable, "-c", f"import os; os.setsid(); print(os.getpid())\n{code}"],
+        stdout=(folder / "pids").open("w"),
+        check=True,
+    )
+    assert leader.returncode == 0
+    number, child = map(int, (folder / "pids").read_text().split())
+    return number, psutil.Process(child)
+
+
+def test_the_children_of_a_stranger_whose_session_got_our_number_are_left_alone(tmp_path):
+    number, child = _leaderless(tmp_path)
+    try:
+        assert not psutil.pid_exists(number)
+        early = round(child.create_time() - psutil.boot_time() - 5, 2)
+        for mark in ("", "0" * 32):  # as an earlier version recorded it, and as this one does
+            stale = Running(number, early, mark)
+            assert session(stale) == []
+            stop(stale, grace_s=0.5)
+            assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    finally:
+        child.kill()
+
+
+def test_a_leader_with_our_id_and_our_time_of_birth_but_without_our_mark_is_a_stranger(tmp_path):
+    running = start(_server(tmp_path, "import time; time.sleep(600)"), tmp_path / "x.log")
+    try:
+        assert alive(running)
+        other = replace(running, mark="0" * 32)
+        assert not alive(other)
+        assert session(other) == []
+    finally:
+        stop(running)
+    assert not alive(running)
+
+
+def test_a_child_that_lost_its_environment_is_known_by_its_parent(tmp_path):
+    # As Ray's dashboard modules, which write their title over it.
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "middle = f'import subprocess, time; subprocess.Popen({sleep!r}, env={{}}); time.sleep(600)'\n"
+        "subprocess.Popen([sys.executable, '-c', middle]); time.sleep(600)\n"
+    )
+    running = start(_server(tmp_path, code), tmp_path / "x.log")
+    while len(session(running)) < 3:
+        assert alive(running)
+    psutil.Process(running.pid).kill()
+    psutil.Process(running.pid).wait()
+    members = session(running)
+    assert len(members) == 2
+    stop(running)
+    assert not psutil.wait_procs(members, timeout=30)[1]
+
+
+def test_a_busy_server_is_asked_again_before_it_counts_as_hanging(tmp_path, capsys):
+    asked = []
+
+    def answers() -> None:
+        asked.append(1)
+        if len(asked) < 3:
+            raise TimeoutError("timed out")
+
+    server = _server(tmp_path, "import time; time.sleep(600)", answers=answers)
+    running = start(server, tmp_path / "x.log")
+    try:
+        assert why_silent(server, running, patience_s=60.0) is None
+        assert len(asked) == 3
+        assert "test server does not answer (timed out); asking again for 60 s" in capsys.readouterr().out
+        asked.clear()
+        assert f"pid {running.pid} runs but does not answer: timed out" == why_silent(server, running, patience_s=0.0)
+    finally:
+        stop(running)
+    assert why_silent(server, running, patience_s=60.0) == f"it ended by itself (pid {running.pid})"
+
+
+def test_a_server_is_up_when_it_works_and_not_when_it_answers(tmp_path):
+    seen = []
+
+    def works() -> None:
+        seen.append(1)
+        if len(seen) < 3:
+            raise OSError("volume 1 not found")
+
+    server = _server(tmp_path, "import time; time.sleep(600)", answers=lambda: None, works=works)
+    running = start(server, tmp_path / "x.log")
+    try:
+        wait_until_serving(server, running, tmp_path / "x.log")
+        assert len(seen) == 3
+    finally:
+        stop(running)
+
+
+def test_what_a_server_writes_is_for_this_user_alone(tmp_path):
+    code = "import pathlib; pathlib.Path('data').write_text('x'); print('log')"
+    running = start(_server(tmp_path, code), tmp_path / "logs" / "x.log")
+    psutil.Process(running.pid).wait()
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "logs").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "logs" / "x.log").stat().st_mode) == 0o600
+
+
+def test_a_reader_of_a_secret_finds_the_old_one_or_the_new_one(tmp_path):
+    path, texts = tmp_path / "secret", ("a" * 1000, "b" * 1000)
+    write_secret(path, texts[0])
+    done = threading.Event()
+
+    def rewrite() -> None:
+        for turn in range(200):
+            write_secret(path, texts[turn % 2])
+        done.set()
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    while not done.is_set():
+        assert path.read_text() in texts
+    writer.join()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [each.name for each in tmp_path.iterdir()] == ["secret"]
 
 
 def test_variables_can_be_kept_from_a_server(tmp_path, monkeypatch):

@@ -69,9 +69,12 @@ def test_every_node_is_asked(tmp_path):
         "import sys, ray; from ray.cluster_utils import Cluster\n"
         "from jobs.doctor import Doctor, examine\n"
         "memory = 100 * 2**20\n"
+        "from infra.processes import free_ports\n"
+        "ports = free_ports(['dashboard', 'agent', 'other'])\n"  # Ray's own are the same for every cluster
         "head = {'num_cpus': 2, 'object_store_memory': memory, 'include_dashboard': False}\n"
+        "head |= {'dashboard_port': ports['dashboard'], 'dashboard_agent_listen_port': ports['agent']}\n"
         "cluster = Cluster(initialize_head=True, head_node_args=head)\n"
-        "cluster.add_node(num_cpus=2, object_store_memory=memory)\n"
+        "cluster.add_node(num_cpus=2, object_store_memory=memory, dashboard_agent_listen_port=ports['other'])\n"
         "ray.init(address=cluster.address, log_to_driver=False, logging_level='error')\n"
         "for f in examine(Doctor(store=sys.argv[1]), say=lambda f: None): print('FOUND', f.what, f.ok, f.words)\n"
         "ray.shutdown(); cluster.shutdown()\n"

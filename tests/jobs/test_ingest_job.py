@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import os
 import re
@@ -20,9 +21,9 @@ import pytest
 from pyarrow import fs as pafs
 
 from infra.storage import open_storage
-from pipelines.data.manifest import load_manifest
+from pipelines.data.manifest import load_manifest, versions
 from pipelines.errors import FigmentError
-from pipelines.objects import write_object
+from pipelines.objects import read_object, write_object
 from tests.pipelines.data import archives
 from tests.pipelines.data.archives import picture, random_images
 
@@ -160,10 +161,43 @@ def test_bad_input_is_one_sentence(tmp_path: Path, cifar: Path) -> None:
     assert "no such file" in fail(tmp_path / "nothing", store, "--dataset-name", "c")
     assert "did you mean 'cifar10-binary'" in fail(cifar, store, "--dataset-name", "c", "--format", "cifar10-binry")
     assert "FIGMENT_STORE" in fail(cifar, "--dataset-name", "c")
+    assert "178 megapixels" in fail(cifar, store, "--dataset-name", "c", "--max-megapixels", "500")
     assert invisible(open_storage(str(store)), "c")
     typo = run(cifar, store, "--dataset-name", "c", "--rows-per-shart", "5")
     assert typo.returncode == 2 and "--rows-per-shard" in typo.stderr
     assert "--on-bad-image" in succeed("--help")
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_two_at_once_both_end_well(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    """The same source twice, and another one under the same name; many small shards, so that they meet."""
+    store = str(tmp_path / "store") if kind == "folder" else request.getfixturevalue("s3_store")[0]
+    rows = "5" if kind == "folder" else "30"
+    several = [random_images(600, seed=3), random_images(600, seed=4)]
+    sources = [archives.cifar10_binary(tmp_path / f"{i}.tar.gz", [images], TEST) for i, images in enumerate(several)]
+    started = [
+        subprocess.Popen(
+            command(source, store, "--dataset-name", "c", "--rows-per-shard", rows, "--mix-shards", "2"),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source in (sources[0], sources[0], sources[1])
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    names = [re.search(r"(?:complete|already there): (c@\w+)", out) for out, _ in said]
+    found = [name[1] for name in names if name]
+    assert len(found) == 3 and found[0] == found[1] != found[2]
+    fs = open_storage(store)
+    assert {f"c@{manifest.version}" for manifest in versions(fs, "c")} == set(found)
+    left = fs.get_file_info(pafs.FileSelector("datasets/c", recursive=True))
+    assert not [info.path for info in left if ".ingest-" in info.path or ".part-" in info.path]
+    for manifest in versions(fs, "c"):
+        for shard in (shard for shards in manifest.splits.values() for shard in shards):
+            data = read_object(fs, f"{manifest.root}/{shard.path}")
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
 
 
 def heavy(seed: int, side: int) -> bytes:

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from infra.conditional import open_conditional
 from infra.storage import open_storage
 from pipelines.errors import FigmentError
-from pipelines.lease import LeaseHeldError, LeaseLostError, Record, _acquire, current_fence, hold
+from pipelines.lease import LeaseHeldError, LeaseLostError, Record, _acquire, _Seeker, current_fence, hold
 from pipelines.objects import write_object
 from tests.faults import Fault, FaultProxy
 
@@ -97,6 +96,10 @@ def _record(url: str) -> Record:
 def _silent(_: str) -> None: ...
 
 
+def _take(store, name: str, ttl_s: float, say, patience_s: float) -> Record:
+    return _acquire(_Seeker(store, LEASE, name, ttl_s, say, above=0), patience_s)
+
+
 def test_acquired_and_released_and_fences_grow(url):
     store, fs = open_conditional(url), open_storage(url)
     assert current_fence(fs, LEASE) is None
@@ -107,6 +110,13 @@ def test_acquired_and_released_and_fences_grow(url):
             lease.check()
         assert _record(url).released
     assert current_fence(fs, LEASE) == 3
+
+
+def test_a_record_that_was_removed_gives_no_number_twice(tmp_path):
+    store = open_conditional(str(tmp_path / "store"))
+    for above, fence in ((4, 5), (0, 6), (9, 10)):  # no record; a record that knows more; one that knows less
+        with hold(store, LEASE, "me", TTL_S, say=pytest.fail, above=above) as lease:
+            assert lease.fence == fence
 
 
 def test_a_living_owner_is_left_alone(url, owner):
@@ -133,7 +143,7 @@ def test_it_stays_held_beyond_its_time_to_live(url):
     with hold(store, LEASE, "me", LIVING_TTL_S, say=_silent) as lease:
         _until(lambda: _record(url).renewals >= 4)
         with pytest.raises(LeaseHeldError):
-            _acquire(store, LEASE, "other", TTL_S, _silent, 60)
+            _take(store, "other", TTL_S, _silent, 60)
         lease.check()
         assert _record(url).token == lease._mine.token
 
@@ -243,9 +253,9 @@ def test_an_outage_loses_no_lease(tmp_path):
 def test_a_watch_begins_anew_after_a_failed_read(tmp_path):
     """The owner may have lost the storage too: once it is back, the owner has its whole time again."""
     store = Flaky(open_conditional(str(tmp_path)))
-    _acquire(store, LEASE, "dead", TTL_S, _silent, 60)
+    _take(store, "dead", TTL_S, _silent, 60)
     with ThreadPoolExecutor(1) as pool:
-        contender = pool.submit(_acquire, store, LEASE, "heir", TTL_S, lambda _: store.down.set(), 60)
+        contender = pool.submit(_take, store, "heir", TTL_S, lambda _: store.down.set(), 60)
         _until(lambda: store.failed >= 8)  # looks are a fifth of the time to live apart
         store.reads = 0
         store.down.clear()
@@ -253,17 +263,34 @@ def test_a_watch_begins_anew_after_a_failed_read(tmp_path):
     assert store.reads >= 2
 
 
+def test_a_renewal_that_meets_a_takeover_does_not_undo_it(tmp_path):
+    """Suspended between its read and its write: only the condition of the write stops it then."""
+    inner = open_conditional(str(tmp_path))
+
+    class Overtaken(Flaky):
+        def read(self, path):
+            found = super().read(path)
+            if found and Record(**json.loads(found[0])).fence == 1:
+                heir = Record(2, "heir", "other", 0, TTL_S, released=False)
+                assert inner.replace(path, heir.to_bytes(), found[1])
+            return found
+
+    with hold(Overtaken(inner), LEASE, "me", TTL_S, say=_silent) as lease:
+        assert lease.lost.wait(60)
+    assert (_record(str(tmp_path)).holder, _record(str(tmp_path)).released) == ("heir", False)
+
+
 def test_a_storage_that_never_answers_is_told_at_once_and_one_that_fails_later_after_a_patience(tmp_path):
     store = Flaky(open_conditional(str(tmp_path)))
     store.down.set()
     with pytest.raises(OSError, match="refused"):
-        _acquire(store, LEASE, "me", TTL_S, _silent, 60)
+        _take(store, "me", TTL_S, _silent, 60)
     assert store.failed == 1
     store.down.clear()
-    dead = _acquire(store, LEASE, "dead", 0.2, _silent, 60)
+    dead = _take(store, "dead", 0.2, _silent, 60)
     assert dead.fence == 1
     with pytest.raises(OSError, match="refused"):
-        _acquire(store, LEASE, "me", 0.2, lambda _: store.down.set(), 0.3)
+        _take(store, "me", 0.2, lambda _: store.down.set(), 0.3)
     assert store.failed > 2
 
 
@@ -275,7 +302,7 @@ def test_a_lost_reply_at_each_step(s3_store, monkeypatch):
             # All tries of the write are done and no answer comes.
             proxy.set(Fault("drop", only="^PUT .*lease", times=2))
             try:
-                record = _acquire(store, LEASE, "me", TTL_S, _silent, 60)
+                record = _take(store, "me", TTL_S, _silent, 60)
             except OSError:
                 assert fence == 1  # the first question may fail; the record stands all the same
                 record = _record(s3_store[0])
@@ -298,7 +325,7 @@ def test_every_record_has_one_size():
 def test_a_stranger_s_object_is_named(store, tmp_path):
     write_object(store, LEASE, b"[1, 2]")
     with pytest.raises(FigmentError, match=r"runs/toy/lease\.json is not the record of a lease .*delete it"):
-        _acquire(open_conditional(str(tmp_path / "store")), LEASE, "me", TTL_S, _silent, 60)
+        _take(open_conditional(str(tmp_path / "store")), "me", TTL_S, _silent, 60)
 
 
 @pytest.mark.parametrize("record", [None, b"something else"])
@@ -308,81 +335,3 @@ def test_an_owner_whose_record_was_taken_away_stops(record, store, tmp_path):
         assert lease.lost.wait(60)
         with pytest.raises(LeaseLostError, match="belongs to nobody"):
             lease.check()
-
-
-class Overtaken(Flaky):
-    """Between the look and the write of the one that asks, somebody else writes."""
-
-    def create(self, path, body):
-        _acquire(self.store, path, "quicker", TTL_S, _silent, 60)
-        return super().create(path, body)
-
-    def replace(self, path, body, tag):
-        _acquire(self.store, path, "quicker", TTL_S, _silent, 60)
-        return super().replace(path, body, tag)
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_of_two_that_find_no_owner_the_slower_one_does_not_own(known, tmp_path):
-    store = open_conditional(str(tmp_path))
-    if known:
-        with hold(store, LEASE, "earlier", TTL_S, say=_silent):
-            pass
-    with pytest.raises(LeaseHeldError, match="in use by quicker"):
-        _acquire(Overtaken(store), LEASE, "slower", TTL_S, _silent, 60)
-    record = _record(str(tmp_path))
-    assert (record.holder, record.fence) == ("quicker", 2 if known else 1)
-
-
-def test_an_owner_that_renews_at_the_very_last_moment_lives(tmp_path):
-    class LateOwner(Flaky):
-        first_read = None
-
-        def read(self, path):
-            self.first_read = self.first_read or time.monotonic()
-            if time.monotonic() - self.first_read >= 0.3:
-                body, tag = self.store.read(path)
-                changed = replace(Record(**json.loads(body)), renewals=7)
-                self.store.replace(path, changed.to_bytes(), tag)
-            return super().read(path)
-
-    store = LateOwner(open_conditional(str(tmp_path)))
-    _acquire(store.store, LEASE, "late", 0.3, _silent, 60)
-    with pytest.raises(LeaseHeldError, match="in use by late"):
-        _acquire(store, LEASE, "me", 0.3, _silent, 60)
-
-
-def test_the_patience_with_a_storage_begins_anew_once_it_has_answered(tmp_path):
-    class Hiccups(Flaky):
-        """Two reads fail, further apart than the patience; the ones between succeed."""
-
-        last = None
-
-        def read(self, path):
-            now = time.monotonic()
-            if self.reads and self.failed < 2 and now - (self.last or 0) > 0.6:
-                self.last = now
-                self.down.set()
-            try:
-                return super().read(path)
-            finally:
-                self.down.clear()
-
-    store = Hiccups(open_conditional(str(tmp_path)))
-    _acquire(store.store, LEASE, "dead", 2.0, _silent, 60)
-    assert _acquire(store, LEASE, "heir", 2.0, _silent, 0.5).fence == 2
-
-
-def test_a_release_is_tried_again_and_given_up_with_a_warning(tmp_path, caplog):
-    store, given_up = Flaky(open_conditional(str(tmp_path))), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        with hold(store, LEASE, "me", 30, say=_silent):
-            store.down.set()
-            pool.submit(lambda: (_until(lambda: store.failed >= 2 or given_up.is_set()), store.down.clear()))
-        given_up.set()
-        assert _record(str(tmp_path)).released
-    assert not caplog.messages
-    with hold(store, LEASE, "me", 0.3, say=_silent):
-        store.down.set()
-    assert not _record(str(tmp_path)).released
-    assert any("runs/toy/lease.json could not be released (Connection refused)" in line for line in caplog.messages)

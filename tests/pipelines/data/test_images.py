@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.images import Bad, Row, prepare
+from pipelines.data.images import FILE_FORMATS, Bad, Row, open_image, prepare
+from pipelines.data.ingest_options import most_bytes
+from pipelines.data.sources_files import IMAGE_SUFFIXES
 from pipelines.data.sources_io import EncodedImage, RawImage
 from tests.pipelines.data.archives import picture
 
@@ -101,6 +107,19 @@ def test_encoded_images_decode_to_the_raw_ones(encoding: str) -> None:
     assert row.sums == tuple(raw.sum(axis=(1, 2)))
 
 
+@pytest.mark.parametrize("encoding", ["png", "webp", "jpeg"])
+def test_what_is_stored_is_bounded_by_its_pixels(encoding: str) -> None:
+    """Noise is the worst there is; a profile of the source, larger than the picture, is left behind."""
+    for size in (8, 65, 300):
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+        for form, options in (
+            ("PNG", {"icc_profile": np.random.default_rng(1).bytes(500_000)}),
+            ("JPEG", {"comment": b"x" * 60_000}),
+        ):
+            row = stored(saved(noise, form, **options), size, encoding)
+            assert isinstance(row, Row) and len(row.image) <= most_bytes((3, size, size), encoding)
+
+
 def test_raw_pixels_stay_as_they_are_or_are_resized() -> None:
     rng = np.random.default_rng(0)
     for shape in ((1, 28, 28), (3, 32, 32)):
@@ -141,3 +160,44 @@ def test_random_damage_never_raises() -> None:
                 data[at] = rng.integers(256)
             item = stored(bytes(data))
             assert isinstance(item, Row | Bad)
+
+
+def test_the_reason_is_the_same_each_time() -> None:
+    reasons = {bad.reason for bad in (stored(b"not an image") for _ in range(3)) if isinstance(bad, Bad)}
+    assert reasons == {"it is no JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM file that can be read"}
+
+
+def test_every_suffix_that_is_taken_for_an_image_has_its_format() -> None:
+    extensions = Image.registered_extensions()
+    assert {extensions[suffix] for suffix in IMAGE_SUFFIXES} == set(FILE_FORMATS)
+    for form in FILE_FORMATS:
+        assert open_image(picture(1, form=form), FILE_FORMATS).format == form
+
+
+DECODE = """
+import sys
+from pathlib import Path
+from pipelines.data.images import prepare
+from pipelines.data.sources_io import EncodedImage
+print(prepare([EncodedImage("train", Path(sys.argv[1]).read_bytes(), 0, "cat.jpg")], 32, "raw")[0])
+"""
+
+
+def test_no_program_is_started_for_an_eps_file_under_another_name(tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript. Here a program of that name would leave its trace, and fail."""
+    eps, trace, gs = tmp_path / "cat.jpg", tmp_path / "was-here", tmp_path / "bin" / "gs"
+    eps.write_bytes(saved(Image.open(io.BytesIO(picture(1))), "EPS"))
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {trace}\nexit 1\n")
+    gs.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE, str(eps)],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"PATH": f"{gs.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Bad(member='cat.jpg', reason='it is no JPEG" in done.stdout
+    assert not trace.exists()

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from pyarrow import fs as pafs
 
+from pipelines.data import ingest as ingest_module
+from pipelines.data import packing
 from pipelines.data.images import Row, prepare
 from pipelines.data.ingest import Progress, ingest
 from pipelines.data.ingest_options import IngestOptions
@@ -22,6 +24,7 @@ from pipelines.data.sources_io import EncodedImage
 from pipelines.errors import FigmentError
 from tests.pipelines.data import archives
 from tests.pipelines.data.archives import CIFAR_NAMES, local, picture, random_images
+from tests.pipelines.data.test_limits import png
 
 TRAIN, TEST = random_images(257, seed=1), random_images(31, seed=2)
 SMALL = IngestOptions("small", rows_per_shard=16, mix_shards=4)
@@ -150,6 +153,48 @@ def test_an_interrupted_run_is_taken_up(store: pafs.FileSystem, tmp_path: Path, 
     assert ingest(local(cifar), store, replace(SMALL, rows_per_shard=20)).prepared == 288
 
 
+class KilledError(Exception):
+    pass
+
+
+def kill(*_: object) -> None:
+    raise KilledError
+
+
+def test_another_ingest_ends_while_this_one_takes_up_its_journal(
+    store: pafs.FileSystem, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found the journal of a run that was killed; the other one deletes it while this one reads it."""
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(ingest_module, "save_manifest", kill)
+        ingest(local(cifar), store, SMALL)
+    assert [path for path in files_of(store) if "/.ingest-" in path]
+    real, others = packing.read_json, []
+
+    def read_json(fs: pafs.FileSystem, path: str) -> object:
+        if not others:
+            others.append("begun")
+            others[0] = ingest(local(cifar), store, SMALL).manifest
+        return real(fs, path)
+
+    monkeypatch.setattr(packing, "read_json", read_json)
+    mine = ingest(local(cifar), store, SMALL).manifest
+    assert mine == others[0] == load_manifest(store, "small")
+    assert stored(store, mine, "train") == TRAIN.rows()
+    assert not [path for path in files_of(store) if "/.ingest-" in path]
+
+
+def test_a_journal_that_was_left_beside_a_finished_version_goes(
+    store: pafs.FileSystem, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(packing.Journal, "delete", kill)
+        ingest(local(cifar), store, SMALL)
+    assert [path for path in files_of(store) if "/.ingest-" in path]
+    assert ingest(local(cifar), store, SMALL).already_there
+    assert not [path for path in files_of(store) if "/.ingest-" in path]
+
+
 @pytest.mark.parametrize("share", [0.2, 0.9])
 def test_nothing_is_visible_of_a_source_that_is_cut_off(store: pafs.FileSystem, cifar: Path, share: float) -> None:
     data = cifar.read_bytes()
@@ -261,6 +306,18 @@ def test_bad_images_stop_the_ingest_or_are_counted(store: pafs.FileSystem, tmp_p
     assert manifest.skipped.count == len(manifest.skipped.members) == 20
     assert all(".JPEG (byte " in member and "truncated" in member.lower() for member in manifest.skipped.members)
     assert load_manifest(store, "small") == manifest
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_eps_and_bombs_are_skipped_and_counted(store: pafs.FileSystem, tmp_path: Path) -> None:
+    files = {f"a/{i}.jpg": picture(i) for i in range(6)}
+    files |= {"a/eps.jpg": picture(9, form="EPS"), "a/bomb.png": png(13_300)}
+    root = archives.tree(tmp_path / "t", files)
+    with pytest.raises(FigmentError, match=r"a/bomb.png: not a readable image .*13,300 x 13,300.*--on-bad-image skip"):
+        ingest(local(root), store, SMALL)
+    manifest = ingest(local(root), store, replace(SMALL, on_bad_image="skip")).manifest
+    assert (manifest.rows("train"), manifest.skipped.count) == (6, 2)
+    assert {member.partition(":")[0] for member in manifest.skipped.members} == {"a/eps.jpg", "a/bomb.png"}
 
 
 @pytest.mark.usefixtures("ray_cluster")

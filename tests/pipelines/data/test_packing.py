@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
 from pipelines.data.images import Bad, Row
 from pipelines.data.packing import Journal, Scatter, check_name, even_parts, pack
 from pipelines.errors import FigmentError
-from pipelines.objects import write_object
+from pipelines.objects import exists, write_object
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 400), rows_per_shard=st.integers(1, 20), mix=st.integers(1, 9))
 def test_scatter_is_a_function_of_the_index(rows: int, rows_per_shard: int, mix: int) -> None:
     one, other = Scatter("train", rows_per_shard, mix), Scatter("train", rows_per_shard, mix)
@@ -42,6 +44,7 @@ def test_each_shard_of_a_sorted_source_is_a_mixture() -> None:
     assert abs(neighbours - any_two) < 0.02
 
 
+@settings(deadline=None)
 @given(n=st.integers(0, 300), largest=st.integers(1, 50))
 def test_even_parts_lose_nothing(n: int, largest: int) -> None:
     parts = even_parts(range(n), largest)
@@ -86,6 +89,38 @@ def test_the_journal_gives_back_what_is_still_there(store: pafs.FileSystem) -> N
     assert Journal(store, "a", "another").load() == {}
     journal.delete()
     assert journal.load() == {}
+
+
+def test_entries_of_a_journal_that_cannot_be_read_are_not_there(store: pafs.FileSystem) -> None:
+    journal = Journal(store, "a", "key")
+    one, _ = pack(store, "datasets/a", rows(), "raw")
+    journal.add("train", 3, one)
+    folder = "datasets/a/.ingest-key"
+    names = ["train-0000004.json", "train-0000005.json.part-12345678", "train-0000006.json", "notes.txt"]
+    for name, body in zip(names, [b"", b"{", b'{"shard": {"path": "x"}}', b"x"], strict=True):
+        write_object(store, f"{folder}/{name}", body)
+    assert journal.load() == {("train", 3): one}
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_journal_can_be_deleted_under_its_writer(kind: str, request: pytest.FixtureRequest) -> None:
+    """Three ingests of one source: each adds, reads and, at its end, deletes."""
+    fs = request.getfixturevalue("store") if kind == "folder" else request.getfixturevalue("s3_store")[1]
+    packed, _ = pack(fs, "datasets/a", rows(), "raw")
+
+    def ingest_often() -> None:
+        for i in range(60 if kind == "folder" else 6):
+            journal = Journal(fs, "a", "key")
+            assert all(found == packed for found in journal.load().values())
+            for number in range(3):
+                journal.add("train", 10 * i + number, packed)
+            journal.delete()
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(ingest_often) for _ in range(3)]:
+            done.result()
+    assert Journal(fs, "a", "key").load() == {}
+    assert not exists(fs, "datasets/a/.ingest-key")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "ä", "-"])

@@ -74,14 +74,36 @@ def test_imagenet_train_streams_nested_tars(tmp_path: Path) -> None:
     files = {f"n{i:08d}": [picture(10 * i + k) for k in range(3)] for i in (3, 1, 2)}
     path = archives.imagenet_train(tmp_path / "train.tar", files)
     found, names = read(local(path))
-    assert names == ("n00000003", "n00000001", "n00000002")  # in the order of the archive
+    assert names == ("n00000001", "n00000002", "n00000003")
     got = [(i.label, i.data) for i in found if isinstance(i, EncodedImage)]
-    assert got == [(label, data) for label, synset in enumerate(files) for data in files[synset]]
+    assert got == [(names.index(synset), data) for synset in files for data in files[synset]]
     # The offset that messages give is where the file's bytes are in the archive.
     member = found[4].member
     offset = int(member.partition("(byte ")[2].rstrip(")").replace(",", ""))
     data = files["n00000001"][1]
     assert path.read_bytes()[offset : offset + len(data)] == data
+
+
+def labels_by_image(source: Source) -> dict[bytes, str]:
+    found, names = read(source, "imagenet-train")
+    return {image.data: names[image.label] for image in found if isinstance(image, EncodedImage)}
+
+
+def test_labels_do_not_hang_on_the_order_of_the_archive(tmp_path: Path) -> None:
+    """A label is a place among the sorted ids, however the archive was packed, or the archive is refused."""
+    files = {f"n{i:08d}": [picture(10 * i + k) for k in range(2)] for i in (1, 2, 3)}
+    wanted = {data: synset for synset, images in files.items() for data in images}
+    for order in ((1, 2, 3), (3, 1, 2), (2, 3, 1)):
+        path = archives.imagenet_train(tmp_path / "train.tar", {f"n{i:08d}": files[f"n{i:08d}"] for i in order})
+        names = read(local(path), "imagenet-train")[1]
+        assert names == tuple(sorted(files))
+        assert labels_by_image(local(path)) == wanted
+        packed = tmp_path / "train.tar.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        if order == (1, 2, 3):
+            assert labels_by_image(local(packed)) == wanted and read(local(packed), "imagenet-train")[1] == names
+        else:
+            refused(local(packed), "stands after", "tar --sort=name", format_name="imagenet-train")
 
 
 def test_the_archive_is_read_as_images_are_taken(tmp_path: Path) -> None:

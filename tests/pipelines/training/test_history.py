@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from pipelines.errors import FigmentError
 from pipelines.objects import write_object
 from pipelines.training.checkpoint import load_bundle, save_bundle
-from pipelines.training.history import newest_bundle, prune_bundles
+from pipelines.training.history import highest_fence, newest_bundle, prune_bundles
 from tests.pipelines.training.test_checkpoint import RUN, _bundle, _flip, _path, _save, _state
 
 
@@ -92,6 +92,8 @@ def test_the_later_launch_counts_and_an_earlier_one_cannot_remove_what_it_wrote(
     assert _left(store) == [15, 30]
     prune_bundles(store, RUN, keep=1, fence=2)
     assert _left(store) == [15]
+    write_object(store, f"{_path(5, 7)}/rank-00000.pt", b"half a checkpoint")
+    assert (highest_fence(store, RUN), highest_fence(store, "runs/new")) == (7, 0)
 
 
 def _two_workers(rank: int, folder: str) -> None:
