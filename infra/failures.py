@@ -50,7 +50,7 @@ def is_transient(error: OSError) -> bool:
     """Whether the same operation may succeed later without anybody changing anything. What is unknown may."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    text = str(error)
+    text = re.sub(r"'[^']*'", "''", str(error))  # names of objects may hold any word
     if isinstance(
         error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | IsADirectoryError
     ):

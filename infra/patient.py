@@ -28,6 +28,17 @@ QUIET_S = 5.0  # shorter outages are not worth a word
 REPEAT_S = 60.0
 
 
+class StorageGoneError(OSError):
+    """What was waited for in vain."""
+
+    def __init__(self, text: str, waited_s: float) -> None:
+        super().__init__(text)
+        self.waited_s = waited_s
+
+    def __reduce__(self) -> tuple[type[StorageGoneError], tuple[str, float]]:
+        return type(self), (str(self), self.waited_s)
+
+
 def patient(base: pafs.FileSystem, patience_s: float, name: str) -> pafs.FileSystem:
     """`base`, whose operations wait for up to `patience_s`; `name` is what people are told is failing."""
     return pafs.PyFileSystem(PatientStorage(base, patience_s, name)) if patience_s > 0 else base
@@ -154,7 +165,7 @@ class PatientStorage(pafs.FileSystemHandler):
                 failing_since = failing_since if failing_since is not None else now
                 waited = now - failing_since
                 if waited >= self.patience_s:
-                    raise OSError(f"{str(error).rstrip('.')}; waited {waited:.0f} s for it") from error
+                    raise StorageGoneError(f"{str(error).rstrip('.')}; waited {waited:.0f} s for it", waited) from error
                 _outage(self.name).goes_on(self.name, reason(error), self.patience_s - waited)
                 left = self.patience_s - waited
             # Between half of it and all of it, so that many workers do not come back in the same moment.

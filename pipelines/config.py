@@ -43,7 +43,8 @@ class TrainingSpec:
     compile: bool = False
     """torch.compile every network."""
     deterministic: bool = True
-    """On a GPU: only algorithms that give the same bits again, where there are such; slower. A CPU's always do."""
+    """Only algorithms that give the same bits again on the same kind of processor, where there are such; slower on a
+    GPU."""
     grad_clip: float | None = None
     """Largest norm of one optimiser's gradient; None: no clipping."""
     ema_half_life: int = 0

@@ -1,10 +1,10 @@
 """One owner at a time of a thing in the storage, say of a run: a lease kept by conditional writes.
 
 The record is one small object that is never deleted, so its `fence` grows with every acquisition for ever; whoever
-writes on the owner's behalf stops when the fence in the storage is no longer its own (`current_fence`). No two clocks
-are compared: the owner changes the record three times in its time to live, and a contender watches it on its own clock.
-A record that stands still for that long belongs to a dead owner and is taken over, by a write on the condition that it
-still stands as watched, so of many contenders one wins.
+writes on the owner's behalf stops when the token in the storage is no longer the owner's (`current_token`). No two
+clocks are compared: the owner changes the record three times in its time to live, and a contender watches it on its own
+clock. A record that stands still for that long belongs to a dead owner and is taken over, by a write on the condition
+that it still stands as watched, so of many contenders one wins.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Lease:
     def __init__(self, store: ConditionalStore, path: str, record: Record) -> None:
         self.path = path
         self.fence = record.fence
+        self.token = record.token
         self.lost = threading.Event()
         self._store = store
         self._mine = record
@@ -163,14 +164,14 @@ def hold(
         lease._release()
 
 
-def current_fence(fs: pafs.FileSystem, path: str) -> int | None:
-    """The fence of the newest owner, None when there was never one; for workers that do not hold the lease.
+def current_token(fs: pafs.FileSystem, path: str) -> str | None:
+    """Which acquisition holds the lease, None when its record is gone; for workers, which do not hold it themselves.
 
-    One that finds another number than its own must not write any more.
+    Unlike the fence it cannot come again when somebody removed the record.
     """
     try:
         with fs.open_input_file(path) as file:
-            return _parse(file.readall(), path).fence
+            return _parse(file.readall(), path).token
     except FileNotFoundError:
         return None
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,21 +94,18 @@ def save_bundle(
     hashes = gather({name: _write(fs, f"{bundle.path}/{name}", data) for name, data in own.items()})
     files = {name: sha256 for written in hashes for name, sha256 in written.items()}
     if rank == 0:
-        write_json(
-            fs,
-            f"{bundle.path}/{BUNDLE}",
-            {
-                "format": FORMAT,
-                "spec": bundle.spec.to_dict(),
-                "identity": bundle.spec.identity,
-                "images_seen": bundle.images_seen,
-                "step": bundle.step,
-                "cursor": bundle.cursor.to_dict(),
-                "dataset": bundle.dataset,
-                "image_shape": list(bundle.image_shape),
-                "files": files,
-            },
-        )
+        body = {
+            "format": FORMAT,
+            "spec": bundle.spec.to_dict(),
+            "identity": bundle.spec.identity,
+            "images_seen": bundle.images_seen,
+            "step": bundle.step,
+            "cursor": bundle.cursor.to_dict(),
+            "dataset": bundle.dataset,
+            "image_shape": list(bundle.image_shape),
+            "files": files,
+        }
+        write_json(fs, f"{bundle.path}/{BUNDLE}", {**body, "sha256": _body_hash(body)})
 
 
 def load_bundle(fs: pafs.FileSystem, path: str) -> Bundle:
@@ -116,8 +115,12 @@ def load_bundle(fs: pafs.FileSystem, path: str) -> Bundle:
         raise FigmentError(f"{path} has no {BUNDLE}: it is not a complete checkpoint; choose another under its run")
     try:
         body = read_json(fs, where)
+        if not re.fullmatch(r"figment-bundle-\d+", body["format"]):
+            raise ValueError(f"its format is {body['format']!r}")
         known = body["format"] in READABLE
-    except (ValueError, KeyError, TypeError) as error:
+        if body["format"] == FORMAT and body.pop("sha256") != _body_hash(body):
+            raise ValueError("it does not have the sha256 that it names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{where} cannot be read ({type(error).__name__}: {error})") from error
     if not known:
         raise FigmentError(
@@ -204,6 +207,22 @@ def set_network_tensors(networks: Mapping[str, nn.Module], tensors: Mapping[str,
     for net, module in networks.items():
         own = {name.removeprefix(f"{net}."): t for name, t in tensors.items() if name.startswith(f"{net}.")}
         module.load_state_dict(own)
+
+
+def refuse_shared_tensors(networks: Mapping[str, nn.Module]) -> None:
+    """`FigmentError` when one tensor has two names: averaged weights would be swapped twice, and stored twice."""
+    names: dict[int, str] = {}
+    for net, module in networks.items():
+        for name, tensor in module.state_dict().items():
+            if tensor.numel() and (other := names.setdefault(tensor.data_ptr(), f"{net}.{name}")) != f"{net}.{name}":
+                raise FigmentError(
+                    f"{net}.{name} and {other} are one tensor under two names: networks must share none; let one of"
+                    " them look the other up instead"
+                )
+
+
+def _body_hash(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _rank_file(rank: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from pipelines.config import RunSpec
+from pipelines.config import RunSpec, spec_from_dict
 from pipelines.data.manifest import Manifest, load_manifest
 from pipelines.errors import FigmentError
 from pipelines.objects import exists, read_json, write_json
@@ -26,7 +26,7 @@ def finished(fs: pafs.FileSystem, name: str, spec: RunSpec) -> Outcome | None:
     known = _known(fs, name)
     if known is None:
         return None
-    differences = _differences(known["spec"], spec.to_dict()) if known["identity"] != spec.identity else []
+    differences = [] if _is_of(known, spec) else _differences(known["spec"], spec.to_dict())
     _, pinned, version = spec.data.dataset.partition("@")
     if pinned and not known["dataset"].partition("@")[2].startswith(version):
         differences.append(f"data set version {known['dataset']} -> {spec.data.dataset}")
@@ -72,6 +72,14 @@ def _known(fs: pafs.FileSystem, name: str) -> dict[str, Any] | None:
         raise FigmentError(
             f"{path} cannot be read ({type(error).__name__}: {error}): restore it from a copy, or choose another --name"
         ) from error
+
+
+def _is_of(known: dict[str, Any], spec: RunSpec) -> bool:
+    """Whether the settings are the same; the stored hash may be one that an earlier version of Figment reckoned."""
+    try:
+        return spec.identity in (known["identity"], spec_from_dict(known["spec"]).identity)
+    except (TypeError, KeyError, AttributeError):  # settings that this version does not know
+        return False
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -43,16 +43,6 @@ def broadcast_from_first(networks: Mapping[str, nn.Module]) -> None:
                 dist.broadcast(tensor, src=0)
 
 
-def average_over_workers(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over the workers, in one collective per dtype; all workers end bit-equal."""
-    if alone():
-        return
-    for dtype in {t.dtype: None for t in tensors}:
-        group = [t for t in tensors if t.dtype == dtype]
-        for t, mean in zip(group, _means(group), strict=True):
-            t.copy_(mean)
-
-
 def average_gradients(parameters: list[Parameter]) -> None:
     """Every gradient becomes its mean over the workers, in one collective per dtype.
 

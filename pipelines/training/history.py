@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pyarrow import fs as pafs
 
 from pipelines.errors import FigmentError
-from pipelines.objects import exists
+from pipelines.objects import exists, read_object, write_object
 from pipelines.training.checkpoint import BUNDLE, Bundle, DamagedError, load_bundle, read_payloads
 from pipelines.training.collectives import from_first, gather
 
@@ -70,6 +70,19 @@ def newest_bundle(fs: pafs.FileSystem, run_folder: str, rank: int = 0) -> tuple[
 def highest_fence(fs: pafs.FileSystem, run_folder: str) -> int:
     """Of all launches that wrote a checkpoint, half-written ones too; 0 when there is none."""
     return max((checkpoint.fence for checkpoint in _checkpoints(fs, run_folder)), default=0)
+
+
+def set_aside_later(fs: pafs.FileSystem, run_folder: str, path: str) -> None:
+    """Bundles later than the one that the run goes on from are damaged: they do not count any more, neither for a later
+    start nor among those that are kept. What they said stays in their folders until it is pruned."""
+    root = f"{run_folder}/checkpoints"
+    name = path.rpartition("/")[2]
+    for checkpoint in reversed(_valid(fs, run_folder)):
+        if checkpoint.name == name:
+            return
+        body = f"{root}/{checkpoint.name}/{BUNDLE}"
+        write_object(fs, f"{root}/{checkpoint.name}/damaged.json", read_object(fs, body))
+        fs.delete_file(body)
 
 
 def prune_bundles(fs: pafs.FileSystem, run_folder: str, keep: int, fence: int) -> None:

@@ -269,6 +269,8 @@ def expected_line(spec: RunSpec, figures: Mapping[str, float]) -> str:
         return "no figure is expected of this recipe"
     expected = spec.expected
     sign = "<=" if expected.better == "lower" else ">="
-    got = figures[expected.metric]
+    got = figures.get(expected.metric)
+    if got is None:
+        return f"expected {expected.metric} {sign} {expected.bound:g} ({expected.source}), which could not be measured"
     verdict = "reached" if expected.reached(got) else "not reached"
     return f"expected {expected.metric} {sign} {expected.bound:g} ({expected.source}), got {got:.5g}: {verdict}"

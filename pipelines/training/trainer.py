@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -32,6 +35,8 @@ from pipelines.training.line import following, open_line, speaker, spoken_warnin
 from pipelines.training.reporter import Outcome, Reporter, TrackedReporter
 from pipelines.training.worker import Launch, Place, TakenOverError, TrainingLoop
 
+log = logging.getLogger(__name__)
+
 DATA_CPUS = 1.0
 """Logical CPUs that the data tasks of a run want beside the workers'."""
 
@@ -55,16 +60,18 @@ def launch(
     not fit, or while another launch of the run lives.
     """
     spec.check()
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise FigmentError(f"--name {name!r} cannot be the name of a folder: use letters, digits, '-', '_' and '.'")
     outcome = finished(fs, name, spec)
     if outcome is None:
-        manifest = data_of(fs, name, spec, say)
-        _check_fits(spec, manifest)
+        _check_fits(spec, data_of(fs, name, spec, lambda line: None))
         use_gpu = _check_cluster(spec)
-        with _owned(leases, fs, name, say) as fence:
-            outcome = finished(fs, name, spec)  # another launch may have ended while this one waited
+        with _owned(leases, fs, name, say) as (fence, token):
+            outcome = finished(fs, name, spec)  # another launch may have begun or ended while this one waited
             if outcome is None:
+                manifest = data_of(fs, name, spec, say)
                 claim(fs, name, spec, manifest)
-                return _train(Launch(name, spec, fs, manifest, fence), use_gpu, tracking, tags, say)
+                return _train(Launch(name, spec, fs, manifest, fence, token), use_gpu, tracking, tags, say)
     if tracking is not None:  # what an unreachable server has not seen yet
         send_outbox(tracking, (fs, f"{outcome.folder}/tracking-outbox"))
     say(f"run {name!r} is complete at {outcome.images_seen:,} images; choose another --name to train anew")
@@ -102,15 +109,43 @@ def _train(
             error = told_error(line)
             if error is not None:
                 raise error
-    except BaseException as error:
-        # A worker that was lost, or is not the first, could not say it; of a run taken over the new owner speaks.
-        if tracking is not None and not isinstance(error, TakenOverError):
-            ended: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            end_run(tracking, (run.fs, f"{run.folder}/tracking-outbox"), ended, f"stopped: {reason}", END_S)
+    except SystemExit as error:  # what Ray makes of Ctrl-C and of a job that is stopped
+        _tell_end(run, tracking, "KILLED", "interrupted")
+        raise KeyboardInterrupt from error
+    except KeyboardInterrupt:
+        _tell_end(run, tracking, "KILLED", "interrupted")
+        raise
+    except Exception as error:
+        if not isinstance(error, TakenOverError):  # of such a run the new owner speaks
+            _tell_end(run, tracking, "FAILED", " ".join(str(error).split())[:500] or type(error).__name__)
+            if not _waited_for(error):
+                remove_folder(run.fs, records)
         raise
     remove_folder(run.fs, records)
     return Outcome(**answer)
+
+
+def _tell_end(run: Launch, tracking: Tracking | None, status: Status, reason: str) -> None:
+    """What a worker that was lost, or is not the first, could not say. It takes `END_S` at most, also when the storage
+    is away, and whatever happens to it leaves the true error alone."""
+    if tracking is None:
+        return
+
+    def tell() -> None:
+        try:
+            run.check_owner()
+            end_run(tracking, (run.fs, f"{run.folder}/tracking-outbox"), status, f"stopped: {reason}", END_S)
+        except (FigmentError, OSError, ValueError, TypeError) as error:
+            log.warning("MLflow does not hear how run %s ended: %s", run.name, error)
+
+    telling = threading.Thread(target=tell, name="figment-end", daemon=True)
+    telling.start()
+    telling.join(END_S + 2)
+
+
+def _waited_for(error: BaseException) -> bool:
+    """Whether a storage was waited for until patience ended (`infra.patient`): waiting again would not help."""
+    return getattr(error, "waited_s", None) is not None
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +161,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(run.spec.cluster.threads_per_worker)
     if place.device.type == "cpu":
         keep_freed_memory()
-    elif run.spec.training.deterministic:
+    if run.spec.training.deterministic:
         _choose_deterministic_algorithms()
     say = speaker(line)
     reporter: Reporter = Reporter()
@@ -138,36 +173,40 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             loop = TrainingLoop(run, place, reporter)
             figures = loop.run()
             outcome = reporter.finish(loop, figures)
-    except (FigmentError, OSError) as error:
+    except FigmentError as error:
         tell_error(line, error)
         if not isinstance(error, TakenOverError):
             reporter.fail(str(error))
         raise
     except BaseException as error:
+        if isinstance(error, OSError) and _waited_for(error):  # others may go away on another node
+            tell_error(line, error)
+            raise
         reporter.interrupt(f"{type(error).__name__}: {error}")
         raise
     return asdict(outcome) if outcome is not None else {}
 
 
 def _choose_deterministic_algorithms() -> None:
-    """The same bits from the same numbers on the same kind of GPU, but for operations that have no such algorithm: of
-    these torch warns."""
+    """The same bits from the same numbers on the same kind of processor (`table[index]` backward on two threads of a
+    CPU is one that has others), but for operations that have no such algorithm: of these torch warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging only
 
 
 @contextmanager
 def _owned(
     leases: ConditionalStore | None, fs: pafs.FileSystem, name: str, say: Callable[[str], None]
-) -> Iterator[int]:
-    """Inside, no other launch trains this run; the number of this one among all that ever owned it."""
+) -> Iterator[tuple[int, str]]:
+    """Inside, no other launch trains this run; (the number of this one among all that ever owned it, its token)."""
     if leases is None:
-        yield 0
+        yield 0, ""
         return
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with hold(leases, f"runs/{name}/lease.json", holder, say=say, above=highest_fence(fs, f"runs/{name}")) as lease:
-        yield lease.fence
+        yield lease.fence, lease.token
 
 
 def _check_fits(spec: RunSpec, manifest: Manifest) -> None:

@@ -22,13 +22,13 @@ from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
 from pipelines.errors import FigmentError
-from pipelines.lease import current_fence
-from pipelines.training.checkpoint import Bundle, TrainingState, restore, save_bundle
-from pipelines.training.collectives import average_over_workers, broadcast_from_first, gather
+from pipelines.lease import current_token
+from pipelines.training.checkpoint import Bundle, TrainingState, refuse_shared_tensors, restore, save_bundle
+from pipelines.training.collectives import broadcast_from_first, gather
 from pipelines.training.ema import Ema
 from pipelines.training.gradients import guard_optimizers
 from pipelines.training.health import Health
-from pipelines.training.history import Found, bundle_path, newest_bundle, prune_bundles
+from pipelines.training.history import Found, bundle_path, newest_bundle, prune_bundles, set_aside_later
 from pipelines.training.reporter import Reporter
 
 
@@ -55,6 +55,8 @@ class Launch:
     manifest: Manifest
     fence: int = 0
     """The number of this launch among those that owned the run; 0: nobody else can (a test)."""
+    token: str = ""
+    """By which the lease of the run is known as this launch's."""
 
     @property
     def folder(self) -> str:
@@ -66,7 +68,15 @@ class Launch:
 
     def check_owner(self) -> None:
         """`TakenOverError` when a later launch owns the run: this one has been given up for dead and must not go on."""
-        if self.fence and current_fence(self.fs, self.lease) != self.fence:
+        if not self.token:
+            return
+        owner = current_token(self.fs, self.lease)
+        if owner is None:
+            raise TakenOverError(
+                f"{self.lease} was removed: whoever owns run {self.name!r} now, this launch ends here; the same command"
+                " goes on from the last checkpoint"
+            )
+        if owner != self.token:
             raise TakenOverError(
                 f"run {self.name!r} was taken over by another launch while this one did not answer: this one ends, and"
                 " the other goes on from the last checkpoint"
@@ -87,6 +97,7 @@ class TrainingLoop:
             network.to(place.device)
         for optimizer in optimizers.values():
             optimizer.load_state_dict(optimizer.state_dict())  # moves state made at construction (Adagrad) along
+        refuse_shared_tensors(networks)
         broadcast_from_first(networks)
         ema = Ema(networks, training.ema_half_life) if training.ema_half_life else None
         self.state = TrainingState(self.learner, ema, Generator(place.device))
@@ -97,6 +108,8 @@ class TrainingLoop:
             reporter.say(f"  ! {sentence}")
         if found is not None:
             self._resume(found)
+            if place.rank == 0:
+                set_aside_later(launch.fs, launch.folder, found.bundle.path)
         guard_optimizers(networks, optimizers, grad_clip=training.grad_clip, where=self._where)
         if training.compile:
             for network in networks.values():
@@ -107,6 +120,12 @@ class TrainingLoop:
 
     def _resume(self, found: Found) -> None:
         bundle = found.bundle
+        dataset = f"{self.launch.manifest.name}@{self.launch.manifest.version}"
+        if (bundle.dataset, bundle.spec.identity) != (dataset, self.spec.identity):
+            raise FigmentError(
+                f"{bundle.path} is of other settings or of another data set version ({bundle.dataset}) than this run"
+                f" ({dataset}): its run.json was changed or lost; choose another --name"
+            )
         self.step, self.images_seen = bundle.step, bundle.images_seen
         changed = restore(bundle, found.payloads, self.state, self.place.rank)
         if changed:
@@ -231,6 +250,7 @@ class TrainingLoop:
 
     def _draw(self, before: int) -> None:
         if self.place.rank == 0 and self.reporter.picture_due(before, self.images_seen):
+            self.launch.check_owner()
             with self.averaged_weights(), torch.no_grad():
                 self.reporter.draw(self.learner, self.images_seen, self.health)
 
@@ -258,27 +278,31 @@ class Meter:
 
     def __init__(self, images_seen: int) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._counts: dict[str, int] = {}
         self._images, self._time, self._stall = images_seen, time.perf_counter(), 0.0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """No transfer from the device happens here."""
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._steps += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self, images_seen: int, stall_seconds: float) -> dict[str, float]:
-        """Averages over the interval and over the workers; `images_per_s` and `data_stall` (share of the time that
-        this worker waited for data) of this worker's interval. Starts the next interval."""
-        names = list(self._sums)
-        values = torch.stack([self._sums[name].float() for name in names]) / self._steps
-        average_over_workers([values])
-        means = dict(zip(names, values.tolist(), strict=True))
+        """Averages over the interval and over the workers, of each metric over the steps that had it;
+        `images_per_s` and `data_stall` (share of the time that this worker waited for data) of this worker's interval.
+        Starts the next interval."""
+        values = torch.stack([value.double() for value in self._sums.values()]).tolist() if self._sums else []
+        own = {name: (value, self._counts[name]) for name, value in zip(self._sums, values, strict=True)}
+        everyone = gather(own)
+        means: dict[str, float] = {}
+        for name in {name: None for part in everyone for name in part}:
+            parts = [part[name] for part in everyone if name in part]
+            means[name] = sum(total for total, _ in parts) / sum(count for _, count in parts)
         now = time.perf_counter()
         elapsed = max(now - self._time, 1e-9)
         means["images_per_s"] = (images_seen - self._images) / elapsed
         means["data_stall"] = (stall_seconds - self._stall) / elapsed
-        self._sums, self._steps = {}, 0
+        self._sums, self._counts = {}, {}
         self._images, self._time, self._stall = images_seen, now, stall_seconds
         return means
 

@@ -55,7 +55,10 @@ def http(url: str, method: str) -> dict[str, object]:
         with OPENER.open(request, timeout=TIMEOUT_S) as answer:
             return {"status": answer.status, "body": answer.read(1_000_000).decode(errors="replace")}
     except HTTPError as error:
-        return {"status": error.code, "body": error.read(2000).decode(errors="replace")}
+        try:
+            return {"status": error.code, "body": error.read(2000).decode(errors="replace")}
+        except OSError as reset:  # refused, and hung up on before the words of it were read
+            return {"status": error.code, "body": repr(reset)}
     except Exception as error:  # noqa: BLE001 - a door that does not open, in whatever way
         return {"status": 0, "body": repr(error)}
 

@@ -17,7 +17,7 @@ import pytest
 from infra.conditional import open_conditional
 from infra.storage import open_storage
 from pipelines.errors import FigmentError
-from pipelines.lease import LeaseHeldError, LeaseLostError, Record, _acquire, _Seeker, current_fence, hold
+from pipelines.lease import LeaseHeldError, LeaseLostError, Record, _acquire, _Seeker, current_token, hold
 from pipelines.objects import write_object
 from tests.faults import Fault, FaultProxy
 
@@ -102,14 +102,14 @@ def _take(store, name: str, ttl_s: float, say, patience_s: float) -> Record:
 
 def test_acquired_and_released_and_fences_grow(url):
     store, fs = open_conditional(url), open_storage(url)
-    assert current_fence(fs, LEASE) is None
+    assert current_token(fs, LEASE) is None
     for turn in (1, 2, 3):
         with hold(store, LEASE, f"me {turn}", TTL_S, say=pytest.fail) as lease:
             assert lease.fence == turn
-            assert current_fence(fs, LEASE) == turn
+            assert (current_token(fs, LEASE), _record(url).fence) == (lease.token, turn)
             lease.check()
         assert _record(url).released
-    assert current_fence(fs, LEASE) == 3
+    assert _record(url).fence == 3
 
 
 def test_a_record_that_was_removed_gives_no_number_twice(tmp_path):
@@ -211,7 +211,7 @@ def test_a_lost_lease_says_who_has_it(store, tmp_path):
         assert lease.lost.wait(60)
         with pytest.raises(LeaseLostError, match=r"runs/toy belongs to thief@two now.*it stops here"):
             lease.check()
-    assert current_fence(store, LEASE) == 7
+    assert current_token(store, LEASE) == "other"
     assert not _record(str(tmp_path / "store")).released
 
 

@@ -24,6 +24,7 @@ from pipelines.training.checkpoint import (
     load_bundle,
     load_networks,
     network_tensors,
+    refuse_shared_tensors,
     restore,
     save_bundle,
 )
@@ -184,6 +185,10 @@ DAMAGES: dict[str, tuple[str, Callable[[pafs.FileSystem, str], None]]] = {
     "cut bundle.json": ("bundle.json", _cut),
     "a list for a bundle.json": ("bundle.json", lambda fs, path: write_object(fs, path, b"[]")),
     "no cursor": ("bundle.json", lambda fs, path: write_json(fs, path, {**read_json(fs, path), "cursor": {}})),
+    "fewer files": ("bundle.json", lambda fs, path: write_json(fs, path, {**read_json(fs, path), "files": {}})),
+    "other clock": ("bundle.json", lambda fs, path: write_json(fs, path, {**read_json(fs, path), "images_seen": 9})),
+    "other format": ("bundle.json", lambda fs, path: write_json(fs, path, {**read_json(fs, path), "format": ["x"]})),
+    "deep json": ("bundle.json", lambda fs, path: write_object(fs, path, b"[" * 10**5)),
     "no spec": ("bundle.json", lambda fs, path: write_json(fs, path, {**read_json(fs, path), "spec": None})),
 }
 
@@ -277,6 +282,18 @@ def test_a_run_begun_on_another_kind_of_device_goes_on_with_new_noise(store: paf
     assert reason is not None and "another kind of device than 'cpu'" in reason
     _same_weights(saved, again)
     _train(again, 1)
+
+
+def test_one_tensor_under_two_names_is_refused_in_words() -> None:
+    """Averaged weights would be swapped twice, and the two names stored as two tensors."""
+    norm, tied = nn.BatchNorm1d(2), nn.Linear(2, 2)
+    other = nn.Linear(2, 2)
+    refuse_shared_tensors({"a": nn.ModuleDict({"x": norm}), "b": tied, "c": other})
+    with pytest.raises(FigmentError, match=r"a\.y\.\w+ and a\.x\.\w+ are one tensor under two names"):
+        refuse_shared_tensors({"a": nn.ModuleDict({"x": norm, "y": norm})})
+    other.weight = tied.weight
+    with pytest.raises(FigmentError, match=r"c\.weight and b\.weight are one tensor"):
+        refuse_shared_tensors({"b": tied, "c": other})
 
 
 def test_identity_changes_with_what_decides_the_numbers_and_only_with_that() -> None:

@@ -81,6 +81,17 @@ def test_a_finished_run_is_shown_whatever_became_of_its_data_and_a_longer_one_na
         data_of(store, "n", _spec(images=61), lambda line: None)
 
 
+def test_a_run_of_an_earlier_version_goes_on_whatever_hash_it_stored(store: pafs.FileSystem) -> None:
+    """0.1.0 hashed the version that was named with the settings, and knew fewer of them."""
+    began = toy_dataset(store)
+    spec = _spec(f"{DATASET}@{began.version}")
+    claim(store, "n", spec, began)
+    known = read_json(store, "runs/n/run.json")
+    del known["spec"]["training"]["deterministic"]
+    write_json(store, "runs/n/run.json", {**known, "identity": "0123456789abcdef"})
+    assert finished(store, "n", spec) is None
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"identity": "x"'])
 def test_a_damaged_claim_is_named(body: bytes, store: pafs.FileSystem) -> None:
     write_object(store, "runs/n/run.json", body)

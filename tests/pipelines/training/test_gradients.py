@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import models
 from models.contract import Batch, ImageShape
 from models.vae import vae
-from pipelines.training.collectives import average_over_workers, broadcast_from_first, from_first, gather
+from pipelines.training.collectives import broadcast_from_first, from_first, gather
 from pipelines.training.gradients import NonFiniteError, guard_optimizers
 from pipelines.training.worker import Meter
 
@@ -85,26 +85,6 @@ def test_both_networks_of_a_gan_stay_equal_on_all_workers_while_their_data_diffe
             assert torch.equal(tensor, second[network][name]), (network, name)
 
 
-def _average(rank: int, world: int, folder: str) -> None:
-    _join(rank, world, f"{folder}/meeting")
-    tensors = [
-        torch.full((2, 2), float(rank)),
-        torch.tensor([1.0, 5.0]) * (rank + 1),
-        torch.ones(3, dtype=torch.float64) * rank,
-    ]
-    average_over_workers(tensors)
-    torch.save(tensors, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_average_over_workers_is_the_mean_per_tensor_and_keeps_shapes_and_dtypes(tmp_path: Path) -> None:
-    mp.spawn(_average, (2, str(tmp_path)), nprocs=2)
-    a, b, c = torch.load(tmp_path / "0.pt")
-    assert torch.equal(a, torch.full((2, 2), 0.5))
-    assert torch.equal(b, torch.tensor([1.5, 7.5]))
-    assert torch.equal(c, torch.full((3,), 0.5, dtype=torch.float64))
-
-
 def _branches(rank: int, world: int, folder: str) -> None:
     """Three weights of 1: the first has the gradient 2 on both workers, the second 6 on the second worker alone, the
     third on none."""
@@ -145,11 +125,11 @@ def _together(rank: int, world: int, folder: str) -> None:
     _join(rank, world, f"{folder}/meeting")
     meter = Meter(0)
     meter.add({"loss": torch.tensor(1.0 + 2 * rank)})
-    meter.add({"loss": torch.tensor(3.0 + 4 * rank)})
+    meter.add({"loss": torch.tensor(3.0 + 4 * rank), f"of {rank}": torch.tensor(10.0 + rank)})
     layer = nn.Linear(1, 1)
     nn.init.constant_(layer.weight, 5.0 + rank)
     broadcast_from_first({"layer": layer})
-    values = gather({"rank": rank}), from_first(f"of {rank}"), layer.weight.item(), meter.read(20, 0.0)["loss"]
+    values = gather({"rank": rank}), from_first(f"of {rank}"), layer.weight.item(), meter.read(20, 0.0)
     torch.save(values, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -157,10 +137,11 @@ def _together(rank: int, world: int, folder: str) -> None:
 def test_workers_see_each_others_values_and_log_their_common_mean(tmp_path: Path) -> None:
     mp.spawn(_together, (2, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        everyone, from_the_first, weight, loss = torch.load(tmp_path / f"{rank}.pt")
+        everyone, from_the_first, weight, means = torch.load(tmp_path / f"{rank}.pt")
         assert everyone == [{"rank": 0}, {"rank": 1}]
         assert (from_the_first, weight) == ("of 0", 5.0)
-        assert loss == pytest.approx((1 + 3 + 3 + 7) / 4)
+        assert means["loss"] == pytest.approx((1 + 3 + 3 + 7) / 4)
+        assert (means["of 0"], means["of 1"]) == (10.0, 11.0), "a mean over the steps and workers that have the metric"
 
 
 @pytest.fixture

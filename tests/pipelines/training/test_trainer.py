@@ -216,6 +216,14 @@ def test_a_run_that_another_launch_owns_is_refused_in_one_sentence(store: pafs.F
     assert children(store, "runs/one") == ["lease.json"]
 
 
+@pytest.mark.parametrize("name", ["..", "../../out", "a/b", ".hidden", ""])
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name: str, store: pafs.FileSystem) -> None:
+    toy_dataset(store)
+    with pytest.raises(FigmentError, match="cannot be the name of a folder"):
+        launch(toy_spec("vae"), store, name=name, tracking=None, tags={}, say=lambda line: None)
+    assert children(store, "") == ["datasets"]
+
+
 def test_figures_that_could_not_be_measured_at_the_end_are_refused_before_anything_starts(
     store: pafs.FileSystem,
 ) -> None:

@@ -207,6 +207,15 @@ class TwiceCritic:
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_bundle_of_other_data_or_settings_is_not_gone_on_from(store: pafs.FileSystem) -> None:
+    spec = toy_spec("vae", images=60)
+    _loop(store, spec, "other").run()
+    with pytest.raises(FigmentError, match=r"other settings or of another data set version"):
+        _loop(store, replace(spec, training=replace(spec.training, seed=9)), "other")
+    with pytest.raises(FigmentError, match=r"other settings or of another data set version"):
+        TrainingLoop(Launch("other", spec, store, toy_dataset(store, train=50)), HERE, Reporter())
+
+
 def test_a_second_forward_pass_of_a_step_uses_the_updated_weights_in_the_precision_asked_for(
     precision: Any, dtype: torch.dtype, store: pafs.FileSystem
 ) -> None:
@@ -225,11 +234,13 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_what_is_wrong_w
     spec = toy_spec("vae", images=120, checkpoint_every=60)
     _loop(store, spec, "whole").run()
     _loop(store, spec, "damaged").run()
-    write_object(store, f"{_newest(store, 'damaged').path}/rank-00000.pt", b"")
+    damaged = _newest(store, "damaged").path
+    write_object(store, f"{damaged}/rank-00000.pt", b"")
     said: list[str] = []
     again = TrainingLoop(Launch("damaged", spec, store, toy_dataset(store)), HERE, Saying(said))
     assert again.images_seen == 60
     assert any("000000000120" in line and "rank-00000.pt" in line and "damaged" in line for line in said)
+    assert {"damaged.json"} == {n for n in children(store, damaged) if n.endswith(".json")}, "set aside, not counted"
     again.run()
     assert _files(store, "whole")["networks.safetensors"] == _files(store, "damaged")["networks.safetensors"]
 
@@ -264,7 +275,7 @@ class GpuLike(torch.Generator):
 
 
 def test_a_launch_that_was_taken_over_writes_no_checkpoint_any_more(store: pafs.FileSystem) -> None:
-    launch = Launch("taken", toy_spec("vae", images=60), store, toy_dataset(store), fence=1)
+    launch = Launch("taken", toy_spec("vae", images=60), store, toy_dataset(store), fence=1, token="mine")
     loop = TrainingLoop(launch, HERE, Reporter())
     record = {"fence": 1, "holder": "x", "token": "t", "renewals": 0, "ttl_s": 1.0, "released": False}
     write_json(store, launch.lease, record)
@@ -272,6 +283,11 @@ def test_a_launch_that_was_taken_over_writes_no_checkpoint_any_more(store: pafs.
     write_json(store, launch.lease, {**record, "fence": 2})
     with pytest.raises(TakenOverError, match="'taken' was taken over by another launch"):
         loop.run()
+    write_json(store, launch.lease, {**record, "token": "mine"})
+    launch.check_owner()
+    store.delete_file(launch.lease)
+    with pytest.raises(TakenOverError, match=r"lease.json was removed"):
+        launch.check_owner()
     assert children(store, f"{launch.folder}/checkpoints") == ["000000000000-00001"], "the one from before"
 
 
