@@ -335,28 +335,3 @@ def test_an_owner_whose_record_was_taken_away_stops(record, store, tmp_path):
         assert lease.lost.wait(60)
         with pytest.raises(LeaseLostError, match="belongs to nobody"):
             lease.check()
-
-
-def test_of_two_that_find_no_record_the_one_that_could_not_create_it_does_not_own(tmp_path):
-    class Overtaken(Flaky):
-        def create(self, path, body):
-            _take(self.store, "quicker", TTL_S, _silent, 60)
-            return super().create(path, body)
-
-    with pytest.raises(LeaseHeldError, match="in use by quicker"):
-        _take(Overtaken(open_conditional(str(tmp_path))), "slower", TTL_S, _silent, 60)
-    assert _record(str(tmp_path)).holder == "quicker"
-
-
-def test_a_release_is_tried_again_and_given_up_with_a_warning(tmp_path, caplog):
-    store = Flaky(open_conditional(str(tmp_path)))
-    with ThreadPoolExecutor(1) as pool:
-        with hold(store, LEASE, "me", 30, say=_silent):
-            store.down.set()
-            pool.submit(lambda: (_until(lambda: store.failed >= 2), store.down.clear()))
-        assert _record(str(tmp_path)).released
-    assert not caplog.messages
-    with hold(store, LEASE, "me", 0.3, say=_silent):
-        store.down.set()
-    assert not _record(str(tmp_path)).released
-    assert any("runs/toy/lease.json could not be released (Connection refused)" in line for line in caplog.messages)

@@ -181,7 +181,10 @@ def test_finite_gradients_whose_norm_overflows_are_refused_too(line: tuple[nn.Li
         optimizer.step()
 
 
-@pytest.mark.parametrize(("bad", "words"), [(1, "of net.0.weight is"), (3, "of net.0.weight and of 2 more tensors is")])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [(1, "of net.0.weight is"), (2, "and of 1 more tensors is"), (3, "of net.0.weight and of 2 more tensors is")],
+)
 def test_the_first_of_several_bad_gradients_is_named_and_the_others_are_counted(bad: int, words: str) -> None:
     layers = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(4)])
     optimizer = torch.optim.SGD(layers.parameters(), lr=1.0)
