@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import pickle
 
 import pytest
 
 from infra.failures import is_transient, reason
+from infra.patient import StorageGoneError
 
 AWS = "When uploading part for key 'k' in bucket 'b': AWS Error "
 
@@ -71,3 +73,15 @@ def test_waiting_does_not_help(error):
 )
 def test_reason(text, said):
     assert reason(OSError(text)) == said
+
+
+def test_the_name_of_an_object_does_not_decide_whether_to_wait():
+    text = "When reading information for key '{}' in bucket 'b': AWS Error NETWORK_CONNECTION HeadObject: refused"
+    assert is_transient(OSError(text.format("runs/x/run.json")))
+    assert is_transient(OSError(text.format("runs/INVALID_labels/NO_SUCH_KEY/run.json")))
+
+
+def test_what_was_waited_for_in_vain_says_so_on_other_nodes_too():
+    gone = pickle.loads(pickle.dumps(StorageGoneError("refused; waited 7 s for it", 7.0)))
+    assert isinstance(gone, OSError)
+    assert (str(gone), gone.waited_s) == ("refused; waited 7 s for it", 7.0)
