@@ -4,22 +4,22 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STACK  := $(BIN)/python -m infra.local
 SUBMIT := $(STACK) run -- python -m jobs.submit --
-SAMPLE := data/cifar-10-sample.tar.xz
 RECIPE ?= dcgan-demo
 OUT    ?= $(CURDIR)/out/$(RECIPE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install stack status train doctor test stop
+.PHONY: help install stack status train tables doctor test test-fast stop
 MAKEFLAGS += --no-print-directory
 
 help:
-	@echo 'make train    install, start the local stack, ingest the CIFAR-10 sample, train a DCGAN on two workers'
-	@echo '              (RECIPE=… for another recipe, ARGS="--training.images 20000" for other settings)'
+	@echo 'make train    install, start the local stack, bring the data of a recipe, train it: a DCGAN on two workers'
+	@echo '              (RECIPE=vae-demo for another recipe, ARGS="--training.images 20000" for other settings)'
 	@echo 'make test     format, lint, types and all tests, on real servers'
 	@echo 'make stack    start the local stack: S3 server, MLflow server, Ray head, all on 127.0.0.1'
 	@echo 'make status   what runs, where, and what is wrong with what does not'
 	@echo 'make doctor   check every node of the cluster: versions, storage, MLflow, GPU, disk'
 	@echo 'make stop     stop the local stack; data sets, runs and logins stay in .figment'
+	@echo 'make tables   write the tables of recipes and models into README.md and models/README.md'
 	@echo 'make install  only make .venv and install into it'
 	@echo
 	@echo 'eval "$$($(STACK) env)"  gives your shell what a job needs: ray job submit --working-dir . -- python -m jobs.train …'
@@ -40,9 +40,14 @@ status:
 	@test -x $(BIN)/python || { echo 'nothing is installed yet: make train'; exit 1; }
 	@$(STACK) status
 
-train: stack
-	@$(SUBMIT) python -m jobs.ingest '$(CURDIR)/$(SAMPLE)' --dataset-name cifar10-sample
-	@$(SUBMIT) python -m jobs.train $(RECIPE) --output '$(OUT)' $(ARGS)
+# What is wrong with RECIPE or ARGS is said before anything starts.
+train: install
+	@$(BIN)/python -m jobs.train $(RECIPE) $(ARGS) --dry-run >/dev/null
+	@$(STACK) up
+	@$(SUBMIT) python -m jobs.train $(RECIPE) --ingest --output '$(OUT)' $(ARGS)
+
+tables: install
+	@$(BIN)/python -m jobs.recipes --write
 
 doctor: stack
 	@$(SUBMIT) python -m jobs.doctor

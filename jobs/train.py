@@ -1,6 +1,7 @@
 """Train a recipe: `python -m jobs.train RECIPE [--section.field value …]`, also through `ray job submit`.
 
 The same command goes on from the newest checkpoint after a kill, and shows the result again when the run is complete.
+`python -m jobs.train RECIPE --help` explains every setting.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import difflib
 import json
 import os
 import shlex
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +22,16 @@ from pyarrow import fs as pafs
 
 from infra.conditional import open_conditional
 from infra.storage import default_store, open_storage
-from jobs.entry import code_revision, connect_ray, run_job
+from jobs.entry import CODE, USER_ERROR, code_revision, connect_ray, run_job
+from jobs.ingest import IngestJob
+from jobs.ingest import run as ingest
+from jobs.recipes import listing
 from pipelines.config import RunSpec
+from pipelines.data.manifest import NoDataSetError, versions
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object
 from pipelines.recipes import RECIPES
+from pipelines.recipes.recipe import Fetched, Generated, Known, Recipe, Shipped
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Where:
     """MLflow experiment."""
     output: Path | None = None
     """Folder for copies of the final pictures on the machine that runs this command."""
+    ingest: bool = False
+    """Ingest the recipe's data first, when the storage has no data set of that name."""
     dry_run: bool = False
     """Print the resolved spec and stop."""
 
@@ -54,21 +64,28 @@ def main() -> None:
     if store is None:
         raise FigmentError("no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix")
     fs = open_storage(store)
+    if where.ingest:
+        bring_data(spec.data.dataset, RECIPES[spec.recipe], fs, store)
     connect_ray()
     from pipelines.tracking import Tracking
     from pipelines.training.reporter import expected_line
     from pipelines.training.trainer import launch
 
     uri = where.tracking or os.environ.get("MLFLOW_TRACKING_URI", "none")
-    outcome = launch(
-        spec,
-        fs,
-        name=where.name or spec.recipe,
-        tracking=None if uri == "none" else Tracking(uri, where.experiment),
-        tags={"recipe": spec.recipe, **_source()},
-        say=_say,
-        leases=open_conditional(store),
-    )
+    try:
+        outcome = launch(
+            spec,
+            fs,
+            name=where.name or spec.recipe,
+            tracking=None if uri == "none" else Tracking(uri, where.experiment),
+            tags={"recipe": spec.recipe, **_source()},
+            say=_say,
+            leases=open_conditional(store),
+        )
+    except NoDataSetError as error:
+        if spec.data.dataset != RECIPES[spec.recipe]().data.dataset:
+            raise
+        raise FigmentError(f"{error}; --ingest brings the data of recipe {spec.recipe!r} along") from error
     _say(f"done: {outcome.images_seen:,} images, {outcome.images_per_s:,.0f} images/s, {outcome.seconds:.0f} s")
     folder = f"{store.rstrip('/')}/{outcome.folder}"
     if where.output is not None:
@@ -94,9 +111,42 @@ def parse(arguments: list[str]) -> tuple[RunSpec, Where]:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise FigmentError(f"there is no recipe {name!r}; {hint}known: {', '.join(RECIPES)}")
-    listing: dict[str, Any] = {name: _command(name, recipe()) for name, recipe in RECIPES.items()}
-    tyro.extras.subcommand_cli_from_dict(listing, prog=prog, description=__doc__, args=arguments)
-    raise AssertionError("tyro lets no command line without a recipe pass")
+    asked = name in ("-h", "--help")
+    out = sys.stdout if asked else sys.stderr
+    print(f"usage: {prog} RECIPE [--section.field value …]\n\n{__doc__}\n{listing()}", file=out, flush=True)
+    raise SystemExit(0 if asked else USER_ERROR)
+
+
+def bring_data(dataset: str, recipe: Recipe, fs: pafs.FileSystem, store: str) -> None:
+    """Ingests what `recipe` needs into the storage, unless it has a complete data set of that name already."""
+    name, _, version = dataset.partition("@")
+    if versions(fs, name):
+        return
+    if name != recipe().data.dataset or version:
+        raise FigmentError(
+            f"there is no data set {dataset!r}, and --ingest only brings the recipe's own ({recipe().data.dataset}):"
+            f" ingest it with `python -m jobs.ingest SOURCE --dataset-name {name}`"
+        )
+    match recipe.origin:
+        case Shipped(path):
+            ingest_from(str(CODE / path), name, store)
+        case Known(known):
+            ingest_from(known, name, store)
+        case Generated(script):
+            with tempfile.TemporaryDirectory(prefix=f"figment-{name}-") as folder:
+                made = subprocess.run([sys.executable, str(CODE / script), folder], check=False)
+                if made.returncode:
+                    raise FigmentError(f"{script}, which makes data set {name!r}, ended with code {made.returncode}")
+                ingest_from(folder, name, store)
+        case Fetched(what, ingest):
+            raise FigmentError(
+                f"data set {name!r} is made of {what}, which only you can fetch:"
+                f" then `python -m jobs.ingest {ingest} --dataset-name {name}`"
+            )
+
+
+def ingest_from(source: str, name: str, store: str) -> None:
+    ingest(IngestJob(source, store, dataset_name=name))
 
 
 SECTIONS = ("model", "data", "training", "visuals", "cluster")
@@ -107,7 +157,7 @@ def _command(name: str, recipe: RunSpec) -> type[Any]:
     sections: list[Any] = [(s, type(getattr(recipe, s)), field(default=getattr(recipe, s))) for s in SECTIONS]
     where = ("where", Annotated[Where, tyro.conf.arg(name="")], field(default=Where()))
     command = make_dataclass("Command", [*sections, where], frozen=True)
-    command.__doc__ = RECIPES[name].__doc__
+    command.__doc__ = RECIPES[name].make.__doc__
     return command
 
 

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from models.contract import ImageShape, Learner
 from models.gan import dcgan
 from models.vae import vae
 
-ModelConfig = dcgan.Config | vae.Config
+
+class ModelConfig(Protocol):
+    """The `Config` of a model file: a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class Model(NamedTuple):
-    """A model file's `Config` and `build`."""
+    """A model file's `Config` and `build`, and the paper that it is of (models/README.md is made from it)."""
 
+    title: str
+    paper: str
+    arxiv: str
+    equations: str
     config: type[Any]
     build: Callable[[Any, ImageShape], Learner]
 
 
+# fmt: off
 MODELS: dict[str, Model] = {
-    "dcgan": Model(dcgan.Config, dcgan.build),
-    "vae": Model(vae.Config, vae.build),
+    "dcgan": Model("DCGAN", "Radford, Metz, Chintala 2015", "1511.06434", "L_D = -log D(x) - log(1 - D(G(z))), L_G = -log D(G(z))", dcgan.Config, dcgan.build),  # noqa: E501
+    "vae": Model("VAE", "Kingma, Welling 2013", "1312.6114", "eq. 8, 9, 10, appendix C", vae.Config, vae.build),
 }
+# fmt: on
 
 
 def name_of(config: ModelConfig) -> str:

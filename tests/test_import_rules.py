@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_library_has_one_owner(library, owner):
         and not str(path.relative_to(ROOT)).startswith((f"{owner}/", f"{owner}.py"))
     ]
     assert strangers == []
+
+
+def test_no_module_needs_itself():
+    graph = {}
+    for folder in OURS:
+        for path in _files(folder):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            graph[name] = {imported for _, imported in _imports(path)}
+    for name, imported in graph.items():  # `from a import b` names a module, or what is in one
+        graph[name] = {m if m in graph else m.rpartition(".")[0] for m in imported} & graph.keys() - {name}
+    TopologicalSorter(graph).prepare()  # CycleError names the modules of a cycle
 
 
 def test_the_rules_can_fail(tmp_path, monkeypatch):

@@ -37,6 +37,10 @@ DATASETS = "datasets"
 LOG = logging.getLogger(__name__)
 
 
+class NoDataSetError(FigmentError):
+    """The storage holds no complete version of that name."""
+
+
 @dataclass(frozen=True)
 class Shard:
     path: str  # relative to datasets/NAME
@@ -121,7 +125,7 @@ def load_manifest(fs: pafs.FileSystem, dataset: str) -> Manifest:
     found = _read_versions(fs, name, version)
     if not found:
         known = [n for n in children(fs, DATASETS) if not n.startswith(".")]
-        raise FigmentError(
+        raise NoDataSetError(
             f"there is no complete data set {dataset!r} under {DATASETS}/ in the storage"
             f" (found: {', '.join(known) or 'none'});"
             f" ingest it with `python -m jobs.ingest SOURCE --dataset-name {name}`"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from safetensors.torch import save as save_safetensors
@@ -25,10 +25,8 @@ from pipelines.objects import children, read_object, write_json, write_object
 from pipelines.tracking import Tracking, open_run
 from pipelines.training.checkpoint import network_tensors
 from pipelines.training.health import Health
+from pipelines.training.launch import Launch
 from pipelines.training.visuals import Gallery, animate
-
-if TYPE_CHECKING:
-    from pipelines.training.worker import Launch, TrainingLoop
 
 REAL_IMAGES = 1_024
 """Held-out images that samples are compared with."""
@@ -52,6 +50,17 @@ class Outcome:
     tracking_url: str | None
 
 
+class Trained(Protocol):
+    """What there is when the last step is done: the loop, as far as it is anybody's business."""
+
+    learner: Learner
+    images_seen: int
+    images_per_s: float
+    checkpoint_path: str
+
+    def averaged_weights(self) -> AbstractContextManager[None]: ...
+
+
 class Reporter:
     """The silent one, for every worker but the first."""
 
@@ -68,7 +77,7 @@ class Reporter:
 
     def draw(self, learner: Learner, images_seen: int, health: Health) -> None: ...
 
-    def finish(self, loop: TrainingLoop, figures: Mapping[str, float]) -> Outcome | None:
+    def finish(self, trained: Trained, figures: Mapping[str, float]) -> Outcome | None:
         return None
 
     def fail(self, sentence: str) -> None: ...
@@ -147,16 +156,16 @@ class TrackedReporter(Reporter):
                 self._run.metrics({"diversity": diversity}, images_seen)
             self._warn(sentences)
 
-    def finish(self, loop: TrainingLoop, figures: Mapping[str, float]) -> Outcome:
+    def finish(self, trained: Trained, figures: Mapping[str, float]) -> Outcome:
         """Final figures, pictures, the animation of the whole run, and the model for others."""
-        launch, spec, seen = self._launch, self._launch.spec, loop.images_seen
+        launch, spec, seen = self._launch, self._launch.spec, trained.images_seen
         seconds = time.perf_counter() - self._started
         self._say("training ends; measuring and drawing…")
-        with loop.averaged_weights(), torch.no_grad():
-            of_samples, protocol = sample_figures(loop.learner, self._real, self._real_from, spec.training.seed)
+        with trained.averaged_weights(), torch.no_grad():
+            of_samples, protocol = sample_figures(trained.learner, self._real, self._real_from, spec.training.seed)
             final = {**figures, **of_samples}
-            pictures = self._gallery.draw(loop.learner, seen, self._real).pictures
-            weights = save_safetensors(network_tensors(loop.learner.networks()))
+            pictures = self._gallery.draw(trained.learner, seen, self._real).pictures
+            weights = save_safetensors(network_tensors(trained.learner.networks()))
         self._run.metrics({f"test/{name}": value for name, value in final.items()}, seen)
         files = {f"{path.split('/')[0]}.png": png for path, png in pictures.items()}
         frames = [
@@ -169,9 +178,9 @@ class TrackedReporter(Reporter):
         for name, data in files.items():
             write_object(launch.fs, f"{launch.folder}/{name}", data)
             self._run.artifact(data, f"final/{name}")
-        if isinstance(loop.learner, Exports):
-            with loop.averaged_weights():
-                module, example = loop.learner.export(Generator(self._real.device).manual_seed(spec.training.seed))
+        if isinstance(trained.learner, Exports):
+            with trained.averaged_weights():
+                module, example = trained.learner.export(Generator(self._real.device).manual_seed(spec.training.seed))
             self._run.publish(
                 module,
                 example,
@@ -182,10 +191,10 @@ class TrackedReporter(Reporter):
             name=launch.name,
             images_seen=seen,
             seconds=seconds,
-            images_per_s=loop.images_per_s,
+            images_per_s=trained.images_per_s,
             figures=final,
             protocol=protocol,
-            checkpoint=loop.checkpoint_path,
+            checkpoint=trained.checkpoint_path,
             folder=launch.folder,
             pictures=sorted(files),
             grid="samples.png",

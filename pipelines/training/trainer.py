@@ -31,9 +31,10 @@ from pipelines.tracking import Status, Tracking, end_run, send_outbox
 from pipelines.training.allocator import keep_freed_memory
 from pipelines.training.claim import claim, data_of, finished
 from pipelines.training.history import highest_fence
+from pipelines.training.launch import Launch, Place, TakenOverError
 from pipelines.training.line import following, open_line, speaker, spoken_warnings, tell_error, told_error
 from pipelines.training.reporter import Outcome, Reporter, TrackedReporter
-from pipelines.training.worker import Launch, Place, TakenOverError, TrainingLoop
+from pipelines.training.worker import TrainingLoop
 
 log = logging.getLogger(__name__)
 

@@ -11,23 +11,18 @@ from torch import Tensor, nn
 
 import models
 from models import MODELS, dcgan, vae
-from models.contract import Batch, Diagnoses, Evaluates, Exports, ImageShape, Learner, Reconstructs, Traverses
-
-CASES = {
-    "dcgan": (dcgan.Config(generator_width=4, discriminator_width=4), ImageShape(3, 16, 16)),
-    "vae": (vae.Config(hidden=16, latent=4), ImageShape(1, 8, 8)),
-    "vae-gaussian": (vae.Config(hidden=16, latent=4, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8)),
-}
+from models.contract import Batch, Evaluates, Exports, ImageShape, Learner, Reconstructs, Traverses
+from tests.models.cases import CAPABILITIES, CASES, Case
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[Any, ImageShape]:
+def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-def make(case: tuple[Any, ImageShape], seed: int = 0) -> Learner:
+def make(case: Case, seed: int = 0) -> Learner:
     torch.manual_seed(seed)
-    return models.build(*case)
+    return models.build(case.config, case.shape)
 
 
 def images(shape: ImageShape, n: int, seed: int = 0) -> Tensor:
@@ -56,7 +51,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_every_registered_model_is_among_the_cases() -> None:
-    assert {models.name_of(config) for config, _ in CASES.values()} == set(MODELS)
+    assert {models.name_of(case.config) for case in CASES.values()} == set(MODELS)
 
 
 def test_a_foreign_config_has_no_name() -> None:
@@ -73,10 +68,10 @@ def test_a_size_below_one_is_refused_by_name(config: Any, field: str) -> None:
         models.build(config, ImageShape(1, 8, 8))
 
 
-def test_a_step_changes_every_parameter_of_every_network_and_gives_finite_detached_scalars(case: Any) -> None:
+def test_a_step_changes_every_parameter_of_every_network_and_gives_finite_detached_scalars(case: Case) -> None:
     learner = make(case)
     before = weights(learner)
-    metrics = learner.step(batch(case[1]), rng())
+    metrics = learner.step(batch(case.shape), rng())
     after = weights(learner)
     assert [key for key in before if torch.equal(before[key], after[key])] == []
     for value in metrics.values():
@@ -85,7 +80,7 @@ def test_a_step_changes_every_parameter_of_every_network_and_gives_finite_detach
         assert value.isfinite()
 
 
-def test_optimisers_hold_each_parameter_of_the_networks_once(case: Any) -> None:
+def test_optimisers_hold_each_parameter_of_the_networks_once(case: Case) -> None:
     learner = make(case)
     owned = [p for o in learner.optimizers().values() for group in o.param_groups for p in group["params"]]
     expected = [p for network in learner.networks().values() for p in network.parameters()]
@@ -93,7 +88,7 @@ def test_optimisers_hold_each_parameter_of_the_networks_once(case: Any) -> None:
     assert {id(p) for p in owned} == {id(p) for p in expected}
 
 
-def test_each_optimiser_steps_once_a_batch_with_a_gradient_for_each_parameter(case: Any) -> None:
+def test_each_optimiser_steps_once_a_batch_with_a_gradient_for_each_parameter(case: Case) -> None:
     """The loop averages, checks and clips in hooks that run before each optimiser step, so gradients must be there."""
     learner = make(case)
     seen: list[str] = []
@@ -107,55 +102,55 @@ def test_each_optimiser_steps_once_a_batch_with_a_gradient_for_each_parameter(ca
 
     for name, optimizer in learner.optimizers().items():
         optimizer.register_step_pre_hook(hook(name))
-    learner.step(batch(case[1]), rng())
+    learner.step(batch(case.shape), rng())
     assert sorted(seen) == sorted(learner.optimizers())
 
 
-def test_all_randomness_of_a_step_is_the_generators(case: Any) -> None:
+def test_all_randomness_of_a_step_is_the_generators(case: Case) -> None:
     results = []
     for noise in range(2):
         learner, generator = make(case), rng(5)
         torch.manual_seed(100 + noise)
         for seed in range(2):
-            learner.step(batch(case[1], seed=seed), generator)
+            learner.step(batch(case.shape, seed=seed), generator)
         results.append(weights(learner))
     assert equal(*results)
 
     other = make(case)
     for seed in range(2):
-        other.step(batch(case[1], seed=seed), rng(6))
+        other.step(batch(case.shape, seed=seed), rng(6))
     assert not equal(results[0], weights(other))
 
 
-def test_going_on_from_saved_networks_and_optimisers_is_going_on(case: Any) -> None:
+def test_going_on_from_saved_networks_and_optimisers_is_going_on(case: Case) -> None:
     straight = make(case)
-    straight.step(batch(case[1]), rng(1))
+    straight.step(batch(case.shape), rng(1))
     saved = copy.deepcopy(
         (
             {name: network.state_dict() for name, network in straight.networks().items()},
             {name: optimizer.state_dict() for name, optimizer in straight.optimizers().items()},
         )
     )
-    straight.step(batch(case[1], seed=1), rng(2))
+    straight.step(batch(case.shape, seed=1), rng(2))
 
     resumed = make(case, seed=9)
     for name, network in resumed.networks().items():
         network.load_state_dict(saved[0][name])
     for name, optimizer in resumed.optimizers().items():
         optimizer.load_state_dict(saved[1][name])
-    resumed.step(batch(case[1], seed=1), rng(2))
+    resumed.step(batch(case.shape, seed=1), rng(2))
     assert equal(weights(straight), weights(resumed))
 
 
-def test_no_buffer_of_a_network_depends_on_the_worker(case: Any) -> None:
+def test_no_buffer_of_a_network_depends_on_the_worker(case: Case) -> None:
     """Batch statistics that differ from rank to rank must not be kept: there are no buffers at all."""
     for network in make(case).networks().values():
         assert dict(network.named_buffers()) == {}
 
 
-def test_samples_are_a_function_of_the_generator_and_image_i_is_the_same_whatever_n(case: Any) -> None:
+def test_samples_are_a_function_of_the_generator_and_image_i_is_the_same_whatever_n(case: Case) -> None:
     learner = make(case)
-    shape = case[1]
+    shape = case.shape
     many = learner.sample(130, rng(3))
     assert many.dtype == torch.uint8
     assert many.shape == (130, shape.channels, shape.height, shape.width)
@@ -164,7 +159,7 @@ def test_samples_are_a_function_of_the_generator_and_image_i_is_the_same_whateve
     assert not torch.equal(learner.sample(130, rng(4)), many)
 
 
-def test_sampling_leaves_weights_and_modes_alone(case: Any) -> None:
+def test_sampling_leaves_weights_and_modes_alone(case: Case) -> None:
     learner = make(case)
     before, modes = weights(learner), [n.training for n in learner.networks().values()]
     learner.sample(3, rng())
@@ -175,7 +170,7 @@ def test_sampling_leaves_weights_and_modes_alone(case: Any) -> None:
     assert all(p.requires_grad for n in learner.networks().values() for p in n.parameters())
 
 
-def test_sampling_uses_up_the_generator_alike_whatever_the_weights(case: Any) -> None:
+def test_sampling_uses_up_the_generator_alike_whatever_the_weights(case: Case) -> None:
     """The same latents for each picture of an animation."""
     states = []
     for seed in range(2):
@@ -186,12 +181,12 @@ def test_sampling_uses_up_the_generator_alike_whatever_the_weights(case: Any) ->
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_sampling_none_is_refused(case: Any, n: int) -> None:
+def test_sampling_none_is_refused(case: Case, n: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         make(case).sample(n, rng())
 
 
-def test_the_published_module_takes_any_batch_through_torch_export(case: Any) -> None:
+def test_the_published_module_takes_any_batch_through_torch_export(case: Case) -> None:
     learner = make(case)
     assert isinstance(learner, Exports)
     module, latents = learner.export(rng())
@@ -200,28 +195,28 @@ def test_the_published_module_takes_any_batch_through_torch_export(case: Any) ->
     for n in (1, 5):
         z = torch.rand(n, latents.shape[1], generator=rng(n)) * 2 - 1
         drawn = module(z)
-        assert drawn.shape == (n, case[1].channels, case[1].height, case[1].width)
+        assert drawn.shape == (n, case.shape.channels, case.shape.height, case.shape.width)
         assert drawn.min() >= 0
         assert drawn.max() <= 1
         torch.testing.assert_close(program.module()(z), drawn)
         torch.testing.assert_close(module(z[:1]), drawn[:1])  # no image depends on its neighbours
 
 
-def test_the_published_module_does_not_follow_the_training(case: Any) -> None:
+def test_the_published_module_does_not_follow_the_training(case: Case) -> None:
     learner = make(case)
     assert isinstance(learner, Exports)
     module, latents = learner.export(rng())
     before = module(latents)
-    learner.step(batch(case[1]), rng())
+    learner.step(batch(case.shape), rng())
     assert torch.equal(module(latents), before)
 
 
-def test_networks_may_be_compiled_in_place(case: Any) -> None:
+def test_networks_may_be_compiled_in_place(case: Case) -> None:
     plain, compiled = make(case), make(case)
     for network in compiled.networks().values():
         network.compile(backend="eager")
     for learner in (plain, compiled):
-        learner.step(batch(case[1]), rng())
+        learner.step(batch(case.shape), rng())
     assert weights(plain).keys() == weights(compiled).keys()
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(compiled)[key], value)
@@ -229,40 +224,45 @@ def test_networks_may_be_compiled_in_place(case: Any) -> None:
     assert isinstance(compiled.export(rng())[0], nn.Module)
 
 
-def test_bfloat16_autocast_trains(case: Any) -> None:
+def test_bfloat16_autocast_trains(case: Case) -> None:
     learner = make(case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        metrics = learner.step(batch(case[1]), rng())
+        metrics = learner.step(batch(case.shape), rng())
     assert all(value.isfinite() and value.dtype == torch.float32 for value in metrics.values())
     assert all(value.isfinite().all() for value in weights(learner).values())
 
 
-@pytest.mark.parametrize("case", [CASES["vae"], CASES["vae-gaussian"]])
-def test_evaluation_gives_one_value_an_image(case: Any) -> None:
+def able(capability: type) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [case for case in CASES.values() if capability in case.can])
+
+
+@able(Evaluates)
+def test_evaluation_gives_one_value_an_image(case: Case) -> None:
     learner = make(case)
     assert isinstance(learner, Evaluates)
-    for value in learner.evaluate(batch(case[1], 5), rng()).values():
+    for value in learner.evaluate(batch(case.shape, 5), rng()).values():
         assert value.shape == (5,)
         assert not value.requires_grad
 
 
-@pytest.mark.parametrize("case", [CASES["vae"], CASES["vae-gaussian"]])
-def test_reconstructions_and_walks_are_images(case: Any) -> None:
+@able(Reconstructs)
+def test_reconstructions_are_images(case: Case) -> None:
     learner = make(case)
-    shape = case[1]
     assert isinstance(learner, Reconstructs)
-    assert isinstance(learner, Traverses)
-    x = images(shape, 5)
+    x = images(case.shape, 5)
     again = learner.reconstruct(x, rng())
     assert (again.shape, again.dtype) == (x.shape, torch.uint8)
+
+
+@able(Traverses)
+def test_walks_are_rows_of_images(case: Case) -> None:
+    learner = make(case)
+    assert isinstance(learner, Traverses)
     walk = learner.traverse(6, 3, rng())
+    shape = case.shape
     assert (walk.shape, walk.dtype) == ((6, 3, shape.channels, shape.height, shape.width), torch.uint8)
 
 
-def test_a_gan_has_neither_encoder_nor_number() -> None:
-    learner = make(CASES["dcgan"])
-    assert not isinstance(learner, Evaluates | Reconstructs | Traverses)
-
-
-def test_a_learner_knows_when_training_goes_wrong(case: Any) -> None:
-    assert isinstance(make(case), Diagnoses)
+def test_a_learner_can_do_what_its_case_says_and_nothing_else(case: Case) -> None:
+    learner = make(case)
+    assert {capability for capability in CAPABILITIES if isinstance(learner, capability)} == case.can

@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from torch import Generator, nn
 
 import models
-from models.contract import Batch, ImageShape, Metrics
+from models.contract import Batch, Metrics
 from pipelines.data.plan import Cursor
 from pipelines.errors import FigmentError
 from pipelines.objects import exists, read_json, read_object, write_json, write_object
@@ -30,21 +30,21 @@ from pipelines.training.checkpoint import (
 )
 from pipelines.training.ema import Ema
 from pipelines.training.history import bundle_path, newest_bundle
-from tests.pipelines.training.toys import MODELS_IN_SMALL, toy_spec
+from tests.models.cases import CASES
+from tests.pipelines.training.toys import toy_spec
 
-SHAPE = ImageShape(1, 8, 8)
 RUN = "runs/test"
 
 
 def _state(model: str, seed: int) -> TrainingState:
     torch.manual_seed(seed)
-    learner = models.build(MODELS_IN_SMALL[model], SHAPE)  # type: ignore[arg-type]
+    learner = models.build(CASES[model].config, CASES[model].shape)
     return TrainingState(learner, Ema(learner.networks(), 50), Generator().manual_seed(seed))
 
 
 def _train(state: TrainingState, steps: int) -> None:
     for i in range(steps):
-        images = torch.randint(0, 256, (6, 1, 8, 8), generator=state.generator).to(torch.uint8)
+        images = state.learner.sample(6, state.generator)
         state.learner.step(Batch(images, torch.zeros(6, dtype=torch.long), 6 * i), state.generator)
         assert state.ema is not None
         state.ema.update(6, 6 * (i + 1))
@@ -70,7 +70,7 @@ def _restore(fs: pafs.FileSystem, state: TrainingState, rank: int = 0) -> str | 
     return restore(found.bundle, found.payloads, state, rank)
 
 
-@pytest.mark.parametrize("model", MODELS_IN_SMALL)
+@pytest.mark.parametrize("model", CASES)
 def test_everything_that_training_needs_comes_back_to_the_bit(model: str, store: pafs.FileSystem) -> None:
     ahead = _state(model, 1)
     _train(ahead, 4)

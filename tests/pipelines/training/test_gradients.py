@@ -4,27 +4,19 @@ workers do together."""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import models
-from models.contract import Batch, ImageShape
+from models.contract import Batch
 from models.vae import vae
 from pipelines.training.collectives import broadcast_from_first, from_first, gather
 from pipelines.training.gradients import NonFiniteError, guard_optimizers
 from pipelines.training.worker import Meter
-
-SHAPE = ImageShape(1, 6, 6)
-
-
-def _join(rank: int, world: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+from tests.models.cases import CASES
+from tests.pipelines.training.pair import Pair
 
 
 def _vae_gradients(images: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -42,53 +34,46 @@ def _vae_gradients(images: Tensor, noise: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in network.named_parameters()}
 
 
-def _half_batch(rank: int, world: int, folder: str, images: Tensor, noise: Tensor) -> None:
-    _join(rank, world, f"{folder}/meeting")
-    own = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
-    torch.save(_vae_gradients(images[own], noise[own]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _half_batch(rank: int, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    own = slice(rank * len(images) // 2, (rank + 1) * len(images) // 2)
+    return _vae_gradients(images[own], noise[own])
 
 
-def test_two_workers_with_half_the_batch_have_the_gradients_of_one_with_all_of_it(tmp_path: Path) -> None:
+def test_two_workers_with_half_the_batch_have_the_gradients_of_one_with_all_of_it(pair: Pair) -> None:
     images = torch.randint(0, 256, (16, 1, 6, 6), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     noise = torch.randn(16, 3, generator=torch.Generator().manual_seed(2))
     whole = _vae_gradients(images, noise)
-    mp.spawn(_half_batch, (2, str(tmp_path), images, noise), nprocs=2)
-    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    halves = pair.run(_half_batch, images, noise)
     for name, gradient in whole.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(halves[0][name], gradient, rtol=1e-5, atol=1e-7)
         assert torch.equal(halves[0][name], halves[1][name]), name
 
 
-def _train_gan(rank: int, world: int, folder: str) -> None:
-    _join(rank, world, f"{folder}/meeting")
+def _train(rank: int, name: str) -> dict[str, dict[str, Tensor]]:
     torch.manual_seed(rank)  # other weights on each worker, until the first one's are sent to all
-    learner = models.build(
-        models.MODELS["dcgan"].config(latent=4, generator_width=4, discriminator_width=4), ImageShape(1, 8, 8)
-    )
+    shape = CASES[name].shape
+    learner = models.build(CASES[name].config, shape)
     broadcast_from_first(learner.networks())
     guard_optimizers(learner.networks(), learner.optimizers(), grad_clip=None, where=lambda: "step")
     rng = torch.Generator().manual_seed(rank)
     for _ in range(3):
-        images = torch.randint(0, 256, (6, 1, 8, 8), generator=rng).to(torch.uint8)
+        images = torch.randint(0, 256, (6, shape.channels, shape.height, shape.width), generator=rng).to(torch.uint8)
         learner.step(Batch(images, torch.zeros(6, dtype=torch.long), 0), rng)
-    torch.save({n: m.state_dict() for n, m in learner.networks().items()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {name: network.state_dict() for name, network in learner.networks().items()}
 
 
-def test_both_networks_of_a_gan_stay_equal_on_all_workers_while_their_data_differ(tmp_path: Path) -> None:
-    mp.spawn(_train_gan, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+@pytest.mark.parametrize("name", CASES)
+def test_every_network_stays_equal_on_all_workers_while_their_data_differ(name: str, pair: Pair) -> None:
+    first, second = pair.run(_train, name)
     for network, tensors in first.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, second[network][name]), (network, name)
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, second[network][key]), (network, key)
 
 
-def _branches(rank: int, world: int, folder: str) -> None:
+def _branches(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Three weights of 1: the first has the gradient 2 on both workers, the second 6 on the second worker alone, the
     third on none."""
-    _join(rank, world, f"{folder}/meeting")
     net = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in ("both", "one", "none")})
     adam = torch.optim.Adam(net.parameters(), lr=0.1)
     sgd = torch.optim.SGD(net.parameters(), lr=0.5, weight_decay=0.1)
@@ -102,15 +87,13 @@ def _branches(rank: int, world: int, folder: str) -> None:
             p.grad = None
         (2 * net["both"].sum() + (6 * net["one"].sum() if rank == 1 else 0)).backward()
         adam.step()
-    torch.save((after_one, {name: p.detach() for name, p in net.items()}), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return after_one, {name: p.detach() for name, p in net.items()}
 
 
 def test_a_gradient_that_some_workers_lack_counts_as_zero_there_and_one_that_all_lack_leaves_the_weight(
-    tmp_path: Path,
+    pair: Pair,
 ) -> None:
-    mp.spawn(_branches, (2, str(tmp_path)), nprocs=2)
-    (first, later), (second, later_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (first, later), (second, later_second) = pair.run(_branches)
     decay = 0.1
     torch.testing.assert_close(first["both"], torch.full((2,), 1 - 0.5 * (2 + decay)))
     torch.testing.assert_close(first["one"], torch.full((2,), 1 - 0.5 * (3 + decay)))  # the mean of 0 and 6
@@ -121,23 +104,18 @@ def test_a_gradient_that_some_workers_lack_counts_as_zero_there_and_one_that_all
     assert not torch.equal(later["one"], first["one"])
 
 
-def _together(rank: int, world: int, folder: str) -> None:
-    _join(rank, world, f"{folder}/meeting")
+def _together(rank: int) -> tuple[list[dict[str, int]], str, float, dict[str, float]]:
     meter = Meter(0)
     meter.add({"loss": torch.tensor(1.0 + 2 * rank)})
     meter.add({"loss": torch.tensor(3.0 + 4 * rank), f"of {rank}": torch.tensor(10.0 + rank)})
     layer = nn.Linear(1, 1)
     nn.init.constant_(layer.weight, 5.0 + rank)
     broadcast_from_first({"layer": layer})
-    values = gather({"rank": rank}), from_first(f"of {rank}"), layer.weight.item(), meter.read(20, 0.0)
-    torch.save(values, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return gather({"rank": rank}), from_first(f"of {rank}"), layer.weight.item(), meter.read(20, 0.0)
 
 
-def test_workers_see_each_others_values_and_log_their_common_mean(tmp_path: Path) -> None:
-    mp.spawn(_together, (2, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        everyone, from_the_first, weight, means = torch.load(tmp_path / f"{rank}.pt")
+def test_workers_see_each_others_values_and_log_their_common_mean(pair: Pair) -> None:
+    for everyone, from_the_first, weight, means in pair.run(_together):
         assert everyone == [{"rank": 0}, {"rank": 1}]
         assert (from_the_first, weight) == ("of 0", 5.0)
         assert means["loss"] == pytest.approx((1 + 3 + 3 + 7) / 4)

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pyarrow import fs as pafs
 
 from pipelines.errors import FigmentError
 from pipelines.objects import write_object
 from pipelines.training.checkpoint import load_bundle, save_bundle
 from pipelines.training.history import highest_fence, newest_bundle, prune_bundles
+from tests.pipelines.training.pair import Pair
 from tests.pipelines.training.test_checkpoint import RUN, _bundle, _flip, _path, _save, _state
 
 
@@ -96,9 +95,7 @@ def test_the_later_launch_counts_and_an_earlier_one_cannot_remove_what_it_wrote(
     assert (highest_fence(store, RUN), highest_fence(store, "runs/new")) == (7, 0)
 
 
-def _two_workers(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def _two_workers(rank: int, folder: str) -> tuple[str, list[str], list[str], list[str]]:
     store = pafs.SubTreeFileSystem(folder, pafs.LocalFileSystem())
     for images in (24, 48):
         save_bundle(store, _bundle("vae", images), _state("vae", rank), rank)
@@ -107,15 +104,12 @@ def _two_workers(rank: int, folder: str) -> None:
         _flip(store, f"{_path(48)}/rank-00001.pt")
     found, damaged = newest_bundle(store, RUN, rank)
     assert found is not None
-    torch.save((found.bundle.path, sorted(found.bundle.files), sorted(found.payloads), damaged), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found.bundle.path, sorted(found.bundle.files), sorted(found.payloads), damaged
 
 
-def test_what_one_worker_finds_damaged_none_goes_on_from(tmp_path: Path) -> None:
-    mp.spawn(_two_workers, (str(tmp_path),), nprocs=2)
+def test_what_one_worker_finds_damaged_none_goes_on_from(tmp_path: Path, pair: Pair) -> None:
     shared = ["ema.safetensors", "networks.safetensors", "optimizers.pt"]
-    for rank in range(2):
-        path, files, payloads, damaged = torch.load(tmp_path / f"{rank}.pt")
+    for rank, (path, files, payloads, damaged) in enumerate(pair.run(_two_workers, str(tmp_path))):
         assert path == _path(24)
         assert files == sorted([*shared, "rank-00000.pt", "rank-00001.pt"])
         assert payloads == sorted([*shared, f"rank-0000{rank}.pt"])

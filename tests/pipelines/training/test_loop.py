@@ -17,8 +17,9 @@ from pipelines.config import RunSpec
 from pipelines.objects import children, read_json, read_object, write_json
 from pipelines.training.checkpoint import _body_hash
 from pipelines.training.ema import Ema
+from pipelines.training.launch import Launch, Place
 from pipelines.training.reporter import Reporter
-from pipelines.training.worker import Launch, Meter, Place, TrainingLoop
+from pipelines.training.worker import Meter, TrainingLoop
 from tests.pipelines.training.toys import toy_dataset, toy_spec
 
 

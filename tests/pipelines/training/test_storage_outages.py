@@ -18,8 +18,9 @@ from infra.storage import open_storage
 from pipelines.errors import FigmentError
 from pipelines.objects import children, exists, read_object
 from pipelines.training.history import newest_bundle
+from pipelines.training.launch import Launch, Place
 from pipelines.training.reporter import Outcome, TrackedReporter
-from pipelines.training.worker import Launch, Place, TrainingLoop
+from pipelines.training.worker import TrainingLoop
 from tests.faults import Fault, FaultProxy
 from tests.pipelines.training.toys import toy_dataset, toy_spec
 

@@ -6,7 +6,7 @@ import io
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from pyarrow import fs as pafs
 from safetensors.torch import load as load_safetensors
 
-from models import MODELS
 from models.contract import Batch, Evaluates, Metrics
 from pipelines.config import RunSpec
 from pipelines.data.stream import evaluation_batches
@@ -25,17 +24,19 @@ from pipelines.training import worker
 from pipelines.training.checkpoint import Bundle
 from pipelines.training.gradients import NonFiniteError
 from pipelines.training.history import newest_bundle
+from pipelines.training.launch import Launch, Place, TakenOverError
 from pipelines.training.reporter import Reporter, TrackedReporter
-from pipelines.training.worker import Launch, Place, TakenOverError, TrainingLoop, derived_seed
-from tests.pipelines.training.toys import MODELS_IN_SMALL, toy_dataset, toy_spec
+from pipelines.training.worker import TrainingLoop, derived_seed
+from tests.models.cases import CASES
+from tests.pipelines.training.toys import toy_dataset, toy_spec
 
 HERE = Place(rank=0, world_size=1, device=torch.device("cpu"))
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def _loop(fs: pafs.FileSystem, spec: RunSpec, name: str) -> TrainingLoop:
-    return TrainingLoop(Launch(name, spec, fs, toy_dataset(fs)), HERE, Reporter())
+def _loop(fs: pafs.FileSystem, spec: RunSpec, name: str, shape: tuple[int, int, int] = (1, 8, 8)) -> TrainingLoop:
+    return TrainingLoop(Launch(name, spec, fs, toy_dataset(fs, shape)), HERE, Reporter())
 
 
 def _newest(fs: pafs.FileSystem, name: str) -> Bundle:
@@ -53,14 +54,14 @@ class Killed(Exception):
     """Stands for a kill: raised from inside the loop, after which nothing of it is used."""
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", CASES)
 def test_a_run_that_is_killed_and_repeated_equals_an_uninterrupted_one_to_the_bit(
     model: str, store: pafs.FileSystem
 ) -> None:
-    spec = toy_spec(model, images=240, checkpoint_every=120)
-    _loop(store, spec, "whole").run()
+    spec, shape = toy_spec(model, images=240, checkpoint_every=120), astuple(CASES[model].shape)
+    _loop(store, spec, "whole", shape).run()
 
-    killed = _loop(store, spec, "killed")
+    killed = _loop(store, spec, "killed", shape)
     train_on = killed._train_on
 
     def until_killed(images: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ def test_a_run_that_is_killed_and_repeated_equals_an_uninterrupted_one_to_the_bi
     killed._train_on = until_killed  # type: ignore[method-assign]
     with pytest.raises(Killed):
         killed.run()
-    resumed = _loop(store, spec, "killed")
+    resumed = _loop(store, spec, "killed", shape)
     assert resumed.images_seen == 120
     resumed.run()
 
@@ -351,7 +352,3 @@ def test_a_spec_that_cannot_run_is_refused_in_one_sentence() -> None:
         spec.check()
     with pytest.raises(FigmentError, match=r"--training.images is 0"):
         replace(spec, training=replace(spec.training, images=0)).check()
-
-
-def test_every_registered_model_has_a_small_config_here() -> None:
-    assert MODELS_IN_SMALL.keys() == MODELS.keys(), "a new model joins the resume test by a config in toys.py"

@@ -5,18 +5,12 @@ from __future__ import annotations
 import numpy as np
 from pyarrow import fs as pafs
 
-from models.gan import dcgan
-from models.vae import vae
 from pipelines.config import ClusterSpec, DataSpec, RunSpec, TrainingSpec, VisualsSpec
 from pipelines.data.manifest import Manifest, Shard, save_manifest
+from tests.models.cases import CASES
 from tests.pipelines.data.shards import write_shard
 
 DATASET = "toy"
-
-MODELS_IN_SMALL: dict[str, object] = {
-    "dcgan": dcgan.Config(latent=8, generator_width=4, discriminator_width=4),
-    "vae": vae.Config(latent=3, hidden=16),
-}
 
 
 def toy_dataset(
@@ -52,7 +46,7 @@ def toy_spec(
 ) -> RunSpec:
     return RunSpec(
         recipe=f"{model}-toy",
-        model=MODELS_IN_SMALL[model],  # type: ignore[arg-type]
+        model=CASES[model].config,
         data=DataSpec(dataset=DATASET, shuffle_shards=2, prefetch_batches=2),
         training=TrainingSpec(
             images=images,

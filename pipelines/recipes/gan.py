@@ -1,16 +1,14 @@
-"""Recipes: functions that return one complete `RunSpec`. The name of a recipe is what `python -m jobs.train` takes."""
+"""Generative adversarial networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from models.gan import dcgan
-from models.vae import vae
-from pipelines.config import ClusterSpec, DataSpec, Expected, RunSpec, TrainingSpec, VisualsSpec
+from pipelines.config import ClusterSpec, DataSpec, Expected, RunSpec, TrainingSpec
+from pipelines.recipes.recipe import Fetched, Known, Recipe, Shipped
 
 
 def dcgan_demo() -> RunSpec:
-    """A narrow DCGAN on the shipped CIFAR-10 sample: a picture in some minutes on two CPU cores."""
+    """A narrow DCGAN at 32x32 on 4,096 real CIFAR-10 images."""
     return RunSpec(
         recipe="dcgan-demo",
         # The step size of the released code's 32x32 (SVHN) model; with the average of weights it makes up for the
@@ -26,7 +24,7 @@ def dcgan_demo() -> RunSpec:
 
 
 def dcgan_cifar10() -> RunSpec:
-    """DCGAN as in the paper, at 32x32 on the whole of CIFAR-10; for a GPU."""
+    """The paper's widths at 32x32, on the whole of CIFAR-10."""
     return RunSpec(
         recipe="dcgan-cifar10",
         model=dcgan.Config(),
@@ -41,8 +39,10 @@ def dcgan_cifar10() -> RunSpec:
 
 
 def dcgan_imagenet64() -> RunSpec:
-    """DCGAN as in the paper, at 64x64 on ImageNet-1k; for a node with four GPUs. Samples are compared with training
-    images: the train archive holds none out."""
+    """The paper's networks at 64x64, on ImageNet-1k.
+
+    Samples are compared with training images: the train archive holds none out.
+    """
     return RunSpec(
         recipe="dcgan-imagenet64",
         model=dcgan.Config(),
@@ -58,27 +58,12 @@ def dcgan_imagenet64() -> RunSpec:
     )
 
 
-def vae_mnist() -> RunSpec:
-    """The VAE of Kingma and Welling on binarised MNIST."""
-    return RunSpec(
-        recipe="vae-mnist",
-        model=vae.Config(),
-        data=DataSpec(dataset="mnist"),
-        training=TrainingSpec(
-            images=3_000_000,  # 50 epochs
-            batch_size=100,
-            log_every=60_000,
-            evaluate_every=300_000,
-            checkpoint_every=500_000,
-        ),
-        visuals=VisualsSpec(clock="log"),
-        expected=Expected("elbo", -107.0, "higher", "docs/results.md; nats a test image, binarised dynamically"),
-    )
-
-
-RECIPES: dict[str, Callable[[], RunSpec]] = {
-    "dcgan-demo": dcgan_demo,
-    "dcgan-cifar10": dcgan_cifar10,
-    "dcgan-imagenet64": dcgan_imagenet64,
-    "vae-mnist": vae_mnist,
+RECIPES: dict[str, Recipe] = {
+    "dcgan-demo": Recipe(dcgan_demo, Shipped("data/cifar-10-sample.tar.xz"), "2 CPU cores", "5 min"),
+    "dcgan-cifar10": Recipe(dcgan_cifar10, Known("cifar10"), "one GPU"),
+    "dcgan-imagenet64": Recipe(
+        dcgan_imagenet64,
+        Fetched("ILSVRC2012_img_train.tar from image-net.org", "ILSVRC2012_img_train.tar --size 64"),
+        "four GPUs",
+    ),
 }
