@@ -5,6 +5,8 @@ BIN    := .venv/bin
 STACK  := $(BIN)/python -m infra.local
 SUBMIT := $(STACK) run -- python -m jobs.submit --
 RECIPE ?= dcgan-demo
+# Tests that share a server stay in one process (tests/conftest.py); three processes, since servers are waited for.
+PARALLEL := -n 3 --dist loadgroup
 OUT    ?= $(CURDIR)/out/$(RECIPE)
 
 .DEFAULT_GOAL := help
@@ -15,6 +17,7 @@ help:
 	@echo 'make train    install, start the local stack, bring the data of a recipe, train it: a DCGAN on two workers'
 	@echo '              (RECIPE=vae-demo for another recipe, ARGS="--training.images 20000" for other settings)'
 	@echo 'make test     format, lint, types and all tests, on real servers'
+	@echo 'make test-fast   those that need no server, in a minute'
 	@echo 'make stack    start the local stack: S3 server, MLflow server, Ray head, all on 127.0.0.1'
 	@echo 'make status   what runs, where, and what is wrong with what does not'
 	@echo 'make doctor   check every node of the cluster: versions, storage, MLflow, GPU, disk'
@@ -56,7 +59,12 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) --durations 25 $(ARGS)
+
+# For the inner loop: what needs no server, in under 90 seconds.
+test-fast: install
+	$(BIN)/ruff check .
+	$(BIN)/pytest $(PARALLEL) -m 'not servers' $(ARGS)
 
 stop:
 	@test ! -x $(BIN)/python || $(STACK) down

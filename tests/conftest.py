@@ -44,6 +44,24 @@ os.environ["AWS_ACCESS_KEY_ID"] = f"test{secrets.token_hex(8)}"
 os.environ["AWS_SECRET_ACCESS_KEY"] = secrets.token_hex(20)
 
 
+SERVERS = {"ray_cluster", "s3_endpoint", "mlflow_server", "stack"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests need a server (`make test-fast` leaves them out), and which share one process of `pytest -n`: each
+    server is started once."""
+    for item in items:
+        needs = SERVERS & set(getattr(item, "fixturenames", ()))
+        if "s3" in getattr(getattr(item, "callspec", None), "params", {}).values():
+            needs.add("s3_endpoint")  # asked for by a parametrised fixture when it runs
+        if needs:
+            item.add_marker("servers")
+        for server in ("stack", "ray_cluster", "mlflow_server"):
+            if server in needs:
+                item.add_marker(pytest.mark.xdist_group(server))
+                break
+
+
 @pytest.fixture(scope="session")
 def short_folder() -> Iterator[Path]:
     """A private folder with a short path: unix sockets lie in it, and pytest's own folders are too deep for them."""

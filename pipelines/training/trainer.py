@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 DATA_CPUS = 1.0
 """Logical CPUs that the data tasks of a run want beside the workers'."""
 
+LEASE_S = 30.0  # how long the lease of a dead launch stands before the next one takes the run over
 END_S = 20.0  # for telling the tracking server that a run has ended otherwise than well
 
 
@@ -206,7 +207,8 @@ def _owned(
         yield 0, ""
         return
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    with hold(leases, f"runs/{name}/lease.json", holder, say=say, above=highest_fence(fs, f"runs/{name}")) as lease:
+    above = highest_fence(fs, f"runs/{name}")
+    with hold(leases, f"runs/{name}/lease.json", holder, LEASE_S, say=say, above=above) as lease:
         yield lease.fence, lease.token
 
 

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from pyarrow import fs as pafs
 from torch import nn
 
-from infra.processes import Running, free_ports, start, stop, wait_until_serving
-from infra.servers import MLFLOW_PORTS, mlflow_server
 from pipelines.objects import children
 from pipelines.tracking import Tracking
+from tests.faults import FaultProxy
 
 OUTBOX = "runs/a/tracking-outbox"
 PATIENCE_S = 180.0
 
 
 class Stoppable:
-    """A server on one port and one database, which can go away and come back."""
+    """A server that can go away and come back: a real one behind a port that is closed and opened again."""
 
-    def __init__(self, folder: Path) -> None:
-        (port,) = free_ports(MLFLOW_PORTS).values()
-        self._server = mlflow_server(folder, port, f"file://{folder}/artifacts", storage={})
-        self.url = self._server.url
-        self._log = folder / "log"
-        self._running: Running | None = None
-
-    def up(self) -> None:
-        if self._running is None:
-            self._running = start(self._server, self._log)
-            wait_until_serving(self._server, self._running, self._log)
-
-    def down(self) -> None:
-        if self._running is not None:
-            stop(self._running)
-            self._running = None
+    def __init__(self, proxy: FaultProxy) -> None:
+        self._proxy = proxy
+        self.url = proxy.url
+        self.up, self.down = proxy.accept, proxy.refuse
 
 
 def history(tracking: Tracking, run_id: str | None, key: str) -> list[tuple[int, float]]:

@@ -12,13 +12,13 @@ from pyarrow import fs as pafs
 
 from infra.storage import open_storage
 from pipelines.tracking import Tracking
+from tests.faults import FaultProxy
 
 
 @pytest.fixture(scope="session")
-def stoppable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stoppable]:
-    server = Stoppable(tmp_path_factory.mktemp("mlflow"))
-    yield server
-    server.down()
+def stoppable(mlflow_server: str) -> Iterator[Stoppable]:
+    with FaultProxy(mlflow_server) as proxy:
+        yield Stoppable(proxy)
 
 
 @pytest.fixture

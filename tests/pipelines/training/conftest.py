@@ -1,11 +1,15 @@
-"""The two workers of the session."""
+"""The two workers of the session, and a stream that needs no cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
+import pyarrow as pa
 import pytest
+from pyarrow import fs as pafs
 
+from pipelines.data import stream
+from pipelines.data.windows import Layout, Read, decode, read_window
 from tests.pipelines.training.pair import Pair
 
 
@@ -22,3 +26,16 @@ def pair(_pairs: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Pair:
     if not _pairs[-1].alive:
         _pairs.append(Pair(tmp_path_factory.mktemp("pair")))
     return _pairs[-1]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream reads its windows in the process that trains, without Ray Data's tasks: the same blocks in the same
+    order, which is what test_stream.py asserts of the tasks."""
+
+    def blocks(fs: pafs.FileSystem, layout: Layout, reads: Iterator[Read]) -> Generator[pa.Table, None, None]:
+        for read in reads:
+            for block in read_window(fs, layout, read):
+                yield block if layout.raw else decode(layout, block)
+
+    monkeypatch.setattr(stream, "_blocks", blocks)

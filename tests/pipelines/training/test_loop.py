@@ -69,7 +69,7 @@ class Recording(Reporter):
         self.checkpoints.append(path)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process")
 def test_the_loop_logs_evaluates_and_saves_when_a_multiple_is_passed_and_at_the_end(store: pafs.FileSystem) -> None:
     """Batches of 20; 0 is never, and of the checkpoints the newest two stay."""
     spec = toy_spec("vae", images=130)
@@ -154,7 +154,7 @@ def test_workers_begin_with_equal_weights_and_noise_of_their_own(store: pafs.Fil
             assert torch.equal(tensor, other), name
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process")
 def test_two_workers_and_then_one_see_every_image_of_an_epoch_once(store: pafs.FileSystem) -> None:
     """60 of 70 images by two workers in turn, the other 10 by one that goes on alone into the next."""
     seen: list[bytes] = []

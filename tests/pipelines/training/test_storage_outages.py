@@ -27,7 +27,7 @@ from tests.pipelines.training.toys import toy_dataset, toy_spec
 HERE = Place(rank=0, world_size=1, device=torch.device("cpu"))
 SPEC = toy_spec("vae", images=240, checkpoint_every=60)
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,42 +19,46 @@ import pytest
 from pyarrow import fs as pafs
 
 from infra.conditional import open_conditional
+from infra.storage import open_storage
+from pipelines.config import RunSpec
 from pipelines.data.plan import Cursor, rank_segments, training_plan
 from pipelines.errors import FigmentError
 from pipelines.lease import LeaseHeldError, hold
 from pipelines.objects import children, exists, read_object, write_object
 from pipelines.tracking import Tracking
-from pipelines.training.history import newest_bundle
+from pipelines.training.reporter import Outcome
 from pipelines.training.trainer import launch
-from tests.pipelines.training.toys import DATASET, toy_dataset, toy_spec
+from tests.pipelines.training.toys import toy_dataset, toy_spec
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def _train_command(name: str, store: Path, *more: str) -> list[str]:
-    small = {
-        "--data.dataset": DATASET,
-        "--model.latent": "8",
-        "--model.generator-width": "4",
-        "--model.discriminator-width": "4",
-        "--training.images": "6000",
-        "--training.batch-size": "20",
-        "--training.checkpoint-every": "400",
-        "--training.log-every": "1000",
-        "--visuals.frames": "3",
-        "--cluster.workers": "2",
-        "--cluster.cpus-per-worker": "0.5",
-    }
-    overrides = [part for item in small.items() for part in item]
-    where = ["--name", name, "--store", str(store), "--tracking", "none"]
-    return [sys.executable, "-m", "jobs.train", "dcgan-demo", *overrides, *where, *more]
+SPEC = replace(toy_spec("dcgan", images=3_000, workers=2, checkpoint_every=200), recipe="dcgan-demo")
+SPEC = replace(SPEC, training=replace(SPEC.training, log_every=1_000, evaluate_every=0))
+
+# What `python -m jobs.train` does, with a lease that a dead launch leaves free after seconds.
+LAUNCH = """
+import pickle, sys
+from infra.conditional import open_conditional
+from infra.storage import open_storage
+from pipelines.config import RunSpec
+from infra.storage import open_storage
+from jobs.entry import connect_ray
+from pipelines.training import trainer
+trainer.LEASE_S = 2.0
+store, name, spec = sys.argv[1:]
+connect_ray()
+trainer.launch(pickle.loads(bytes.fromhex(spec)), open_storage(store), name=name, tracking=None, tags={},
+               say=lambda line: print(line, flush=True), leases=open_conditional(store))
+"""
 
 
-def _start(command: list[str], address: str, log: Path) -> subprocess.Popen[bytes]:
+def _start(name: str, store: Path, address: str, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as out:
         env = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-c", LAUNCH, str(store), name, pickle.dumps(SPEC).hex()]
         return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=subprocess.STDOUT)
 
 
@@ -90,40 +95,43 @@ def _workers() -> list[psutil.Process]:
 def test_a_run_whose_worker_and_then_driver_are_killed_equals_an_uninterrupted_one_to_the_bit(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    fs = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    toy_dataset(fs)
-    log = tmp_path / "log"
+    fs, leases, log = open_storage(str(tmp_path)), open_conditional(str(tmp_path)), tmp_path / "log"
+    toy_dataset(fs, shape=(3, 16, 16))
+    said: list[str] = []
 
-    whole = _start(_train_command("whole", tmp_path), ray_cluster, log)
-    assert whole.wait(timeout=300) == 0, log.read_text()
+    def launched(name: str, spec: RunSpec = SPEC) -> Outcome:
+        return launch(spec, fs, name=name, tracking=None, tags={}, say=said.append, leases=leases)
 
-    job = _start(_train_command("killed", tmp_path), ray_cluster, log)
-    _wait_for("the first checkpoint", lambda: _images_seen(fs, "killed") >= 400, log)
+    launched("whole")
+    job = _start("killed", tmp_path, ray_cluster, log)
+    _wait_for("the first checkpoint", lambda: _images_seen(fs, "killed") >= 200, log)
     victim = _workers()[0]
     victim.send_signal(signal.SIGKILL)
     at_kill = _images_seen(fs, "killed")
-    assert at_kill < 6000, "the run was over before its worker could be killed"
+    assert at_kill < 3000, "the run was over before its worker could be killed"
     _wait_for("progress after the loss of a worker", lambda: _images_seen(fs, "killed") > at_kill, log)
     assert job.poll() is None, log.read_text()
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert _images_seen(fs, "killed") < 6000, "the run was over before its driver could be killed"
+    assert _images_seen(fs, "killed") < 3000, "the run was over before its driver could be killed"
     _wait_for("the end of the dead driver's workers", lambda: not _workers(), log)
 
-    again = _start(_train_command("killed", tmp_path), ray_cluster, log)
-    assert again.wait(timeout=300) == 0, log.read_text()
-    assert "resumed from runs/killed/checkpoints/" in log.read_text()
+    launched("killed")
+    assert any("was in use by process" in line for line in said), "the dead launch's lease is waited for"
+    assert any("resumed from runs/killed/checkpoints/" in line for line in said)
     for name in ("networks.safetensors", "ema.safetensors"):
-        files = [read_object(fs, f"{_checkpoints(fs, run)[6000]}/{name}") for run in ("whole", "killed")]
+        files = [read_object(fs, f"{_checkpoints(fs, run)[3000]}/{name}") for run in ("whole", "killed")]
         assert files[0] == files[1], name
 
-    repeated = _start(_train_command("killed", tmp_path), ray_cluster, tmp_path / "repeated")
-    assert repeated.wait(timeout=120) == 0
-    assert "is complete at 6,000 images" in (tmp_path / "repeated").read_text()
+    launched("killed")
+    assert "is complete at 3,000 images" in said[-1]
+    with pytest.raises(FigmentError, match=r"training.seed 3 -> 7"):
+        launched("killed", replace(SPEC, training=replace(SPEC.training, seed=7)))
 
-    other = _start(_train_command("killed", tmp_path, "--training.seed", "7"), ray_cluster, tmp_path / "other")
-    assert other.wait(timeout=120) == 2
-    assert "training.seed 0 -> 7" in (tmp_path / "other").read_text()
+    alone = replace(SPEC.cluster, workers=1)
+    longer = launched("killed", replace(SPEC, training=replace(SPEC.training, images=3100), cluster=alone))
+    assert longer.images_seen == 3100
+    assert any("1 worker(s) go on instead of 2: from here on" in line for line in said)
 
     for run in ("whole", "killed"):
         assert set(children(fs, f"runs/{run}")) <= {
@@ -132,23 +140,9 @@ def test_a_run_whose_worker_and_then_driver_are_killed_equals_an_uninterrupted_o
         }, "nothing of Ray's own stays"
 
 
-def test_a_run_goes_on_with_another_number_of_workers(store: pafs.FileSystem) -> None:
-    toy_dataset(store)
-    said: list[str] = []
-    for images, workers in ((120, 2), (240, 1)):
-        outcome = launch(
-            toy_spec("vae", images=images, workers=workers), store, name="n", tracking=None, tags={}, say=said.append
-        )
-    assert outcome.images_seen == 240
-    assert any("resumed from runs/n/checkpoints/000000000120" in line for line in said)
-    assert any("1 worker(s) go on instead of 2: from here on" in line for line in said)
-    found, _ = newest_bundle(store, "runs/n")
-    assert found is not None and found.bundle.cursor.world_size == 1
-
-
 def test_numbers_that_are_not_finite_end_the_run_in_one_sentence(store: pafs.FileSystem) -> None:
     toy_dataset(store)
-    spec = toy_spec("vae", workers=2)
+    spec = toy_spec("vae")
     wild = replace(spec, model=replace(spec.model, learning_rate=1e38))
     said: list[str] = []
     with pytest.raises(FigmentError, match=r"step \d+ \(\d+ images seen\): the gradient of \w+\..* before the update"):

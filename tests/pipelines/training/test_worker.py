@@ -32,7 +32,7 @@ from tests.pipelines.training.toys import toy_dataset, toy_spec
 
 HERE = Place(rank=0, world_size=1, device=torch.device("cpu"))
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def _loop(fs: pafs.FileSystem, spec: RunSpec, name: str, shape: tuple[int, int, int] = (1, 8, 8)) -> TrainingLoop:
