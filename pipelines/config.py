@@ -1,4 +1,4 @@
-"""What a run is: plain frozen dataclasses. A recipe (recipes.py) returns a complete `RunSpec`; a command line edits it.
+"""What a run is: plain frozen dataclasses. A recipe (recipes/) returns a complete `RunSpec`; a command line edits it.
 
 The clock of every schedule is images seen, counted over all workers, so that a number means the same at any batch size
 and any number of workers. The text under a field is its `--help`.
