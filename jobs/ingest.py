@@ -150,7 +150,7 @@ def _download_plan(known: Known) -> str:
 
 
 def _download(known: Known) -> None:
-    cache, line = cache_folder(), _DownloadLine(known)
+    cache, line = cache_folder(), _DownloadLine()
     if not known.missing(cache):
         print(f"{known.name} lies in {known.folder(cache)}")
         return
@@ -239,9 +239,8 @@ class _Line:
 class _DownloadLine(_Line):
     """How far a download is, and what went wrong on the way."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._known = known
         self._shown = self._began = time.monotonic()
         self._file: PublishedFile | None = None
         self._first = 0  # bytes of the file that lay here before

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from infra.storage import cache_folder, open_storage
-from jobs.ingest import IngestJob, run
+from jobs.ingest import IngestJob, _DownloadLine, run
+from jobs.submit import overlay
 from pipelines.data.download import PublishedFile
 from pipelines.data.ingest import ingested
 from pipelines.data.ingest_options import IngestOptions, ingest_key, plan_layout
@@ -168,6 +169,20 @@ def test_the_cache_is_where_the_environment_says(cache: Path, monkeypatch: pytes
     assert cache_folder() == Path("/var/cache/somebody/figment")
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     assert cache_folder() == Path("/home/somebody/.cache/figment")
+
+
+def test_progress_lines_have_share_and_speed_and_lie_over_each_other(
+    tiny: Known, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.ingest.LOG_EVERY_S", 0.0)
+    line, file = _DownloadLine(), replace(tiny.files[0], bytes=40_000_000)
+    for got in (10_000_000, 20_000_000, 40_000_000):
+        line.show(file, got)
+    shown = capsys.readouterr().out.splitlines(keepends=True)
+    pattern = r"  \S+  20,000,000 of 40,000,000 bytes  50%  [\d,.]+ MB/s  ETA \d+:\d\d\n"
+    assert len(shown) == 3 and re.fullmatch(pattern, shown[1]) and shown[2].endswith(" 100%\n")
+    # As `jobs.submit` shows a log on a terminal.
+    assert [overlay(text, False)[1] for text in shown] == [False, True, False]
 
 
 def test_help_lists_what_is_known() -> None:
