@@ -36,6 +36,15 @@ def default_store() -> str | None:
     return os.environ.get(STORE_VARIABLE) or None
 
 
+def cache_folder() -> Path:
+    """For what can be downloaded again: `FIGMENT_CACHE`, else `figment` in the user's cache folder."""
+    chosen = os.environ.get("FIGMENT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")  # which counts only when it is absolute
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "figment"
+
+
 def default_patience_s() -> float:
     """Seconds from the environment, `FIGMENT_STORAGE_PATIENCE_S`; ten minutes when it is not set."""
     text = os.environ.get(PATIENCE_VARIABLE) or str(PATIENCE_S)

@@ -16,7 +16,7 @@ from jobs.entry import CODE, run_job
 from models import MODELS, name_of
 from pipelines.errors import FigmentError
 from pipelines.recipes import FAMILIES, RECIPES
-from pipelines.recipes.recipe import Fetched, Generated, Known, Origin, Recipe, Shipped
+from pipelines.recipes.recipe import Downloaded, Fetched, Generated, Origin, Recipe, Shipped
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def origin_in_words(origin: Origin) -> str:
             return "shipped"
         case Generated():
             return f"made by {origin.script}"
-        case Known():
+        case Downloaded():
             return "downloaded"
         case Fetched():
             return "fetched by you"

@@ -31,7 +31,7 @@ from pipelines.data.manifest import NoDataSetError, versions
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object
 from pipelines.recipes import RECIPES
-from pipelines.recipes.recipe import Fetched, Generated, Known, Recipe, Shipped
+from pipelines.recipes.recipe import Downloaded, Fetched, Generated, Recipe, Shipped
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def bring_data(dataset: str, recipe: Recipe, fs: pafs.FileSystem, store: str) ->
     match recipe.origin:
         case Shipped(path):
             ingest_from(str(CODE / path), name, store)
-        case Known(known):
+        case Downloaded(known):
             ingest_from(known, name, store)
         case Generated(script):
             with tempfile.TemporaryDirectory(prefix=f"figment-{name}-") as folder:

@@ -73,12 +73,11 @@ def ingest(
     began = time.perf_counter()
     layout, images = plan_layout(source, options)
     key = ingest_key(source, options, layout)
-    journal = Journal(fs, options.dataset_name, key)
-    done = _finished(fs, options.dataset_name, key)
+    done = ingested(fs, options.dataset_name, key)
     if done:
         images.close()
-        journal.delete()  # of a run that was killed after its manifest, or of one that lost a race
-        return IngestResult(done, f"{done.folder}/manifest.json", True, 0, 0, 0, time.perf_counter() - began)
+        return done
+    journal = Journal(fs, options.dataset_name, key)
     run = _Run(source, fs, options, layout, journal, connect, on_progress)
     run.run(images)
     manifest = run.manifest(key)
@@ -90,6 +89,16 @@ def ingest(
     already_there = there is not None and not run.wrote
     seconds = time.perf_counter() - began
     return IngestResult(there or manifest, path, already_there, run.images, run.prepared, run.held.most, seconds)
+
+
+def ingested(fs: pafs.FileSystem, name: str, key: str) -> IngestResult | None:
+    """The version that an earlier ingest with this key made, if it is whole."""
+    began = time.perf_counter()
+    done = _finished(fs, name, key)
+    if done is None:
+        return None
+    Journal(fs, name, key).delete()  # of a run that was killed after its manifest, or of one that lost a race
+    return IngestResult(done, f"{done.folder}/manifest.json", True, 0, 0, 0, time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -259,9 +268,10 @@ class _Run:
         sums = np.sum([p.sums for p in packed[measured] if p.shard], axis=0)
         everything = [p for found in packed.values() for p in found]
         members = tuple(chain.from_iterable(p.skipped_members for p in everything))[:SKIPPED_SHOWN]
-        source = {"url": self._source.name, "format": self._layout.format, "key": key}
+        source: dict[str, object] = {"url": self._source.name, "format": self._layout.format, "key": key}
         if self._layout.format in CITATIONS:
             source["citation"] = CITATIONS[self._layout.format]
+        source |= self._source.about
         return Manifest(
             name=self._options.dataset_name,
             splits=splits,

@@ -100,6 +100,11 @@ def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]
         first = next(images)
     except StopIteration as end:  # read_images raises when there is none
         raise AssertionError("read_images ended without an image and without an error") from end
+    return layout_of(name, first, options), _with_first(first, images)
+
+
+def layout_of(format_name: str, first: SourceImage, options: IngestOptions) -> Layout:
+    """What the options come to for a source of this format whose first image is `first`."""
     size = options.size
     if size is None and not isinstance(first, RawImage):
         size = DEFAULT_SIZE
@@ -114,7 +119,7 @@ def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]
         wanted = int(SHARD_BYTES / (np.prod(shape) * BYTES_A_VALUE[encoding]))
         rows = min(max(wanted, SHARD_ROWS[0]), SHARD_ROWS[-1])
     open_shards = shards_at_once(options, rows, most_bytes(shape, encoding))
-    return Layout(name, size, encoding, shape, rows, open_shards), _with_first(first, images)
+    return Layout(format_name, size, encoding, shape, rows, open_shards)
 
 
 def _with_first(first: SourceImage, rest: Images) -> Images:
@@ -124,8 +129,10 @@ def _with_first(first: SourceImage, rest: Images) -> Images:
 
 def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
     """Names what goes in: the same key, the same shards."""
-    with source.reading():
-        files = fingerprint(source)
+    files = source.identity
+    if not files:
+        with source.reading():
+            files = fingerprint(source)
     body = {
         "revision": REVISION,
         "pillow": PIL.__version__,

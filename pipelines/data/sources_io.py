@@ -12,7 +12,7 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -110,6 +110,8 @@ class Source:
     labels: tuple[str, ...] | None = None  # lines of a ground-truth file, for formats that keep labels apart
     labels_name: str = ""
     limits: Limits = field(default_factory=Limits)
+    identity: str = ""  # of its contents, where it is published; else its files are told apart by size and time
+    about: Mapping[str, object] = field(default_factory=dict)  # for the manifest
     bytes_read: int = field(default=0, init=False)
     at: str = field(default="", init=False)  # the member that is being read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from models.gan import dcgan
 from pipelines.config import ClusterSpec, DataSpec, Expected, RunSpec, TrainingSpec
-from pipelines.recipes.recipe import Fetched, Known, Recipe, Shipped
+from pipelines.recipes.recipe import Downloaded, Fetched, Recipe, Shipped
 
 
 def dcgan_demo() -> RunSpec:
@@ -60,7 +60,7 @@ def dcgan_imagenet64() -> RunSpec:
 
 RECIPES: dict[str, Recipe] = {
     "dcgan-demo": Recipe(dcgan_demo, Shipped("data/cifar-10-sample.tar.xz"), "2 CPU cores", "5 min"),
-    "dcgan-cifar10": Recipe(dcgan_cifar10, Known("cifar10"), "one GPU"),
+    "dcgan-cifar10": Recipe(dcgan_cifar10, Downloaded("cifar10"), "one GPU"),
     "dcgan-imagenet64": Recipe(
         dcgan_imagenet64,
         Fetched("ILSVRC2012_img_train.tar from image-net.org", "ILSVRC2012_img_train.tar --size 64"),

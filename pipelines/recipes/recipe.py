@@ -10,7 +10,7 @@ from pipelines.config import RunSpec
 
 @dataclass(frozen=True)
 class Shipped:
-    """A file of the repository."""
+    """A file or folder of the repository."""
 
     path: str
     """From the root of the repository."""
@@ -25,8 +25,8 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Known:
-    """A data set that `python -m jobs.ingest NAME` downloads."""
+class Downloaded:
+    """A data set that is known by name (`pipelines/data/known.py`)."""
 
     name: str
 
@@ -41,7 +41,7 @@ class Fetched:
     """The source and the options of `jobs.ingest`."""
 
 
-Origin = Shipped | Generated | Known | Fetched
+Origin = Shipped | Generated | Downloaded | Fetched
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from jobs import train
 from jobs.entry import CODE
 from jobs.recipes import documents, listing
 from models import MODELS, name_of
+from pipelines.data.known import KNOWN
 from pipelines.data.manifest import load_manifest
 from pipelines.errors import FigmentError
 from pipelines.recipes import FAMILIES, RECIPES
-from pipelines.recipes.recipe import Generated, Known, Recipe, Shipped
+from pipelines.recipes.recipe import Downloaded, Generated, Recipe, Shipped
 from tests.pipelines.training.toys import toy_spec
 
 
@@ -45,7 +46,9 @@ def test_a_recipe_is_known_by_its_own_name_and_says_what_it_is(name: str) -> Non
     recipe().check()
     assert recipe.summary.endswith(".") and len(recipe.summary) < 100
     if isinstance(recipe.origin, Shipped):
-        assert (CODE / recipe.origin.path).is_file()
+        assert (CODE / recipe.origin.path).exists()
+    if isinstance(recipe.origin, Downloaded):
+        assert recipe.origin.name in KNOWN
     if isinstance(recipe.origin, Generated):
         assert (CODE / recipe.origin.script).is_file()
 
@@ -98,4 +101,4 @@ def test_data_that_only_the_user_can_fetch_are_named_with_the_command(store: paf
 @pytest.mark.parametrize("dataset", ["another", "toy@0123456789ab"])
 def test_data_that_are_not_the_recipes_own_are_not_brought(dataset: str, store: pafs.FileSystem) -> None:
     with pytest.raises(FigmentError, match=rf"no data set '{dataset}', and --ingest only brings the recipe's own"):
-        train.bring_data(dataset, _recipe(Known("mnist")), store, "/nowhere")
+        train.bring_data(dataset, _recipe(Downloaded("mnist")), store, "/nowhere")

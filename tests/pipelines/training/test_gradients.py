@@ -22,7 +22,8 @@ from tests.pipelines.training.pair import Pair
 def _vae_gradients(images: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """d/dθ of the mean negative ELBO of `images` under the noise given, at seed-0 weights; averaged over workers."""
     torch.manual_seed(0)
-    network = nn.ModuleDict({"encoder": vae.Encoder(36, 16, 3), "decoder": vae.BernoulliDecoder(36, 16, 3)})
+    config = vae.Config(hidden=16, latent=3)
+    network = nn.ModuleDict({"encoder": vae.Encoder(config, 36), "decoder": vae.BernoulliDecoder(config, 36)})
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     guard_optimizers({"vae": network}, {"sgd": optimizer}, grad_clip=None, where=lambda: "step 1")
     x = (images.flatten(1) > 127).float()
