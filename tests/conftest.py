@@ -47,6 +47,7 @@ os.environ["AWS_SECRET_ACCESS_KEY"] = secrets.token_hex(20)
 SERVERS = {"ray_cluster", "s3_endpoint", "mlflow_server", "stack"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests need a server (`make test-fast` leaves them out), and which share one process of `pytest -n`: each
     server is started once."""
