@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from infra import install
+from pipelines.recipes import RECIPES
+from pipelines.recipes.recipe import Shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("models", "pipelines", "jobs", "infra")
@@ -79,16 +81,20 @@ def test_the_end_of_a_failed_installation():
     assert install.last_words("Killed\n") == "    Killed"
 
 
-def test_a_job_takes_the_code_along_and_nothing_else(tmp_path):
+def test_a_job_takes_the_code_and_the_shipped_data_along_and_nothing_else(tmp_path):
     from ray._private.runtime_env.packaging import create_package
 
     package = tmp_path / "package.zip"
     create_package(str(ROOT), package, include_gitignore=True, excludes=[])
     with zipfile.ZipFile(package) as archive:
         names = archive.namelist()
+        shipped = sum(info.compress_size for info in archive.infolist() if info.filename.startswith("data/"))
     code = {str(path.relative_to(ROOT)) for folder in OURS for path in (ROOT / folder).rglob("*.py")}
     assert code - set(names) == set()
     tops = {name.partition("/")[0] for name in names}
-    assert tops & {".git", ".venv", ".figment", "data", "docs", "out", "tests"} == set()
+    assert tops & {".git", ".venv", ".figment", "docs", "out", "tests"} == set()
     assert not any("__pycache__" in name for name in names)
-    assert package.stat().st_size < 2**20
+    assert {recipe.origin.path for recipe in RECIPES.values() if isinstance(recipe.origin, Shipped)} <= {
+        name.rstrip("/") for name in names
+    }, "what recipes bring along"
+    assert shipped < 14e6 and package.stat().st_size - shipped < 2**20
