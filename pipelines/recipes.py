@@ -94,11 +94,11 @@ def vae_demo() -> RunSpec:
         ),
         data=DataSpec(dataset="mnist-sample"),
         training=TrainingSpec(
-            images=800_000,  # 80 epochs
+            images=600_000,  # 60 epochs
             batch_size=200,
             ema_half_life=15_000,
             log_every=20_000,
-            checkpoint_every=200_000,
+            checkpoint_every=150_000,
         ),
         visuals=VisualsSpec(clock="log"),
         cluster=ClusterSpec(workers=2),
