@@ -80,8 +80,8 @@ def vae_demo() -> RunSpec:
     """A VAE on the shipped MNIST sample: digits that can be read, in some minutes on two CPU cores."""
     return RunSpec(
         recipe="vae-demo",
-        # The paper's setting draws digits of which half can be read after 900,000 images of all MNIST. Here a deeper
-        # network, fewer latents (so that a draw from the prior falls more often where images are) and Adam.
+        # For digits that can be read after a short run, of which the paper's setting draws too few: a deeper network
+        # under Adam, and fewer latents, so that draws from the prior fall more often where the codes of images lie.
         model=vae.Config(
             latent=10,
             hidden=400,
@@ -102,7 +102,7 @@ def vae_demo() -> RunSpec:
         ),
         visuals=VisualsSpec(clock="log"),
         cluster=ClusterSpec(workers=2),
-        expected=Expected("elbo", -108.0, "higher", "docs/models/vae.md; nats a test image, binarised dynamically"),
+        expected=Expected("elbo", -106.0, "higher", "docs/models/vae.md; nats a test image, binarised dynamically"),
     )
 
 
