@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import resource
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from pipelines.data.download import Patience, PublishedFile, fetch
 from pipelines.errors import FigmentError
+from tests.pipelines.data.web import Answer, Handler, Web
 
 DATA = bytes(range(256)) * 2000  # 512,000 bytes
 OTHER = DATA[::-1]
@@ -25,66 +25,10 @@ STALLED = Patience(stall_s=0.3, tries=30, pause_s=0.001)  # more tries than a bu
 ROOT = Path(__file__).parents[3]
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Web
-
-    def do_GET(self) -> None:
-        self.close_connection = True
-        self.server.asked.append((self.path, dict(self.headers)))
-        self.server.answers[self.path](self)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def give(self, status: int, body: bytes, **headers: str) -> None:
-        """`body`, under a Content-Length that is its own unless the headers say another."""
-        self.send_response(status)
-        for name, value in ({"Content_Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    @property
-    def begin(self) -> int:
-        """The first byte that is asked for."""
-        return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-
-    def give_rest(self, data: bytes, upto: int | None = None, **headers: str) -> None:
-        """The asked part of `data`, cut off in front of byte `upto`."""
-        at = self.begin
-        headers = {"Content_Length": str(len(data) - at), **headers}
-        if "Range" in self.headers:
-            headers["Content_Range"] = f"bytes {at}-{len(data) - 1}/{len(data)}"
-        self.give(206 if "Range" in self.headers else 200, data[at:upto], **headers)
-
-
-Answer = Callable[[Handler], object]
-
-
-class Web(http.server.ThreadingHTTPServer):
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, Answer] = {"/whole": lambda h: h.give_rest(DATA)}
-        self.asked: list[tuple[str, dict[str, str]]] = []
-        self.end = threading.Event()  # releases the answers that hang
-
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.server_port}{path}"
-
-    def has(self, path: str, *answers: Answer) -> str:
-        """The url of `path`, which answers so: the first time the first way, and the last way for ever."""
-        left = list(answers)
-        self.answers[path] = lambda handler: (left.pop(0) if len(left) > 1 else left[0])(handler)
-        return self.url(path)
-
-    def ranges(self) -> list[tuple[str | None, str | None]]:
-        return [(headers.get("Range"), headers.get("If-Range")) for _, headers in self.asked]
-
-
 @pytest.fixture
 def web() -> Iterator[Web]:
     with Web() as server:
+        server.has("/whole", lambda handler: handler.give_rest(DATA))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield server
