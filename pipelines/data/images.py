@@ -30,6 +30,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may try on a file of a source. It can do more, but for EPS it would start Ghostscript on it."""
 
+REDUCED = 2  # a JPEG is decoded to at least so many times the wanted side
 RATIO_FLOOR = 64_000_000  # bytes of decoded pixels that any file may make, however small it is
 DEEPER_MODES = ("I", "F")  # 16 and 32 bits a channel; Pillow would clip them to 8
 
@@ -131,11 +132,11 @@ def _prepare_one(
         if size is not None and picture.size != (size, size):
             picture = _resized(picture, size)
         pixels = np.asarray(picture)
-        planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        planes = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
         stored = planes.tobytes() if encoding == "raw" else _encode(picture, encoding)
     except DAMAGE as error:
         return Bad(image.member, " ".join(str(error).split()) or type(error).__name__)
-    return Row(stored, image.label, tuple(planes.sum(axis=(1, 2), dtype=np.int64).tolist()))
+    return Row(stored, image.label, tuple(planes.reshape(len(planes), -1).sum(axis=1, dtype=np.uint64).tolist()))
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
@@ -151,7 +152,7 @@ def _decoded(data: bytes, size: int | None, limits: Limits) -> Image.Image:
     if picture.mode.startswith(DEEPER_MODES):
         raise BadImageError(f"mode {picture.mode} has more than 8 bits a channel: convert it first")
     if size is not None:
-        picture.draft(None, (2 * size, 2 * size))  # acts on JPEG alone; never below twice the size
+        picture.draft(None, (REDUCED * size, REDUCED * size))  # acts on JPEG alone
     ImageOps.exif_transpose(picture, in_place=True)  # a copy of a large image would cost as much again
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
