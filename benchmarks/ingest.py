@@ -40,6 +40,7 @@ import tyro
 from PIL import Image
 from pyarrow import fs as pafs
 
+from benchmarks.encodings import jpeg_of_side
 from infra.storage import StorageError, open_source, open_storage
 from pipelines.data.images import ENCODERS, REDUCED, prepare
 from pipelines.data.ingest import ingest
@@ -83,7 +84,8 @@ def enlarged(settings: Settings, folder: Path) -> Path:
     classes: dict[str, list[bytes]] = defaultdict(list)
     for image in read_images(source, "imagenet-train"):
         if isinstance(image, EncodedImage):
-            classes[image.member.partition(".tar/")[0]].append(_resaved(image.data, settings.side))
+            data = image.data if settings.side is None else jpeg_of_side(image.data, settings.side)
+            classes[image.member.partition(".tar/")[0]].append(data)
     copies = -(-settings.images // sum(map(len, classes.values())))
     unfinished = path.with_suffix(".unfinished")
     with tarfile.open(unfinished, "w") as outer:
@@ -94,17 +96,6 @@ def enlarged(settings: Settings, folder: Path) -> Path:
                     _add(tar, f"{synset}_{number}.JPEG", _with_comment(files[number % len(files)], str(number)))
             _add(outer, f"{synset}.tar", inner.getvalue())
     return unfinished.rename(path)
-
-
-def _resaved(data: bytes, side: int | None) -> bytes:
-    if side is None:
-        return data
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    scale = side / min(picture.size)
-    width, height = (round(length * scale) for length in picture.size)
-    sink = io.BytesIO()
-    picture.resize((width, height), Image.Resampling.BICUBIC).save(sink, "JPEG", quality=95)
-    return sink.getvalue()
 
 
 def _with_comment(data: bytes, text: str) -> bytes:
