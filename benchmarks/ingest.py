@@ -12,10 +12,11 @@ For each size, in alternating repetitions on the same files, on an otherwise idl
   shards are encoded;
 - `reader`: the archive read and its images counted, by the driver alone.
 
-The ratios are images/s of the ingest ÷ (cores × images/s of a loop), medians over the repetitions. `driver_us` is what
-the driver itself computes for an image (a thread for the archive, others that write shards). `imagenet_hours` is what
-1,281,167 such images take: `cores` times as fast as here, until the driver has no more time; more than one core each
-for its reading and for its writing is not counted on.
+The ratios are images/s of the ingest ÷ (cores × images/s of a loop), medians over the repetitions. `cpu_us` is what is
+computed for one image, in microseconds: by the driver (a thread for the archive, others that write shards), by the
+workers, by Ray's own processes, and by the bare loop; `cpu_ratio` is the bare loop's ÷ the sum of the others', the ratio
+that would be without other load and without waiting. `imagenet_hours` is what 1,281,167 such images take: on the driver
+and `n` cores that are as fast as these, until the driver has no more time. Runs on a Ray of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import ray
 import tyro
 from PIL import Image
@@ -136,14 +138,26 @@ def read_only(archive: Path) -> float:
     return images / (time.perf_counter() - began)
 
 
-def whole_ingest(archive: Path, size: int, encoding: str) -> tuple[float, float]:
-    """(images/s, microseconds of the driver's own computing an image)."""
+def whole_ingest(archive: Path, size: int, encoding: str) -> tuple[float, dict[str, float]]:
+    """(images/s, microseconds computed an image by driver, workers and Ray)."""
     with tempfile.TemporaryDirectory(prefix="figment-ingest-") as store:
         options = IngestOptions("benchmark", size=size, encoding=encoding)  # type: ignore[arg-type]
-        began = time.process_time()
+        before = _computed()
         result = ingest(_source(archive), open_storage(store), options)
-        computing = time.process_time() - began
-    return result.images / result.seconds, computing / result.images * 1e6
+        after = _computed()
+    return result.images / result.seconds, {who: (after[who] - before[who]) / result.images * 1e6 for who in after}
+
+
+def _computed() -> dict[str, float]:
+    """Seconds so far of this process and of those that Ray has started."""
+    spent = {"driver": time.process_time(), "workers": 0.0, "ray": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            times, name = process.cpu_times(), "".join(process.cmdline()[:1])
+        except psutil.NoSuchProcess:
+            continue
+        spent["workers" if name.startswith("ray::") else "ray"] += times.user + times.system
+    return spent
 
 
 def _source(archive: Path) -> Source:
@@ -161,25 +175,32 @@ def measure(archive: Path, files: list[bytes], size: int, settings: Settings) ->
         "bare_encoded": lambda: bare(files, size, encoding=layout.encoding),
     }
     found: dict[str, list[float]] = defaultdict(list)
+    cpu_us: dict[str, list[float]] = defaultdict(list)
     for repetition in range(settings.repetitions):
-        images_per_s, driver_us = whole_ingest(archive, size, settings.encoding)
+        images_per_s, computed = whole_ingest(archive, size, settings.encoding)
         found["ingest"].append(images_per_s)
-        found["driver_us"].append(driver_us)
         for name, run in runs.items():
+            began = time.process_time()
             found[name].append(run())
-        said = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in found.items())
+            if name == "bare":
+                computed["bare"] = (time.process_time() - began) / len(files) * 1e6
+        for who, us in computed.items():
+            cpu_us[who].append(us)
+        said = ", ".join(f"{name} {values[-1]:,.0f}" for name, values in (*found.items(), *cpu_us.items()))
         print(f"  {size} pixels, {repetition + 1}/{settings.repetitions}: {said}", flush=True)
     medians = {name: statistics.median(values) for name, values in found.items()}
+    cpu = {who: statistics.median(values) for who, values in cpu_us.items()}
     cores = os.cpu_count() or 1
-    per_core = medians["ingest"] / cores
-    hours = {str(n): IMAGENET / min(n * per_core, 1e6 / medians["driver_us"]) / 3600 for n in CORES}
+    others = cpu["driver"] + cpu["workers"] + cpu["ray"]
+    hours = {str(n): IMAGENET * max(others / n, cpu["driver"]) / 3.6e9 for n in CORES}
     return {
         "encoding": layout.encoding,
         "ratio_vs_bare": round(_ratio(found["ingest"], found["bare"]) / cores, 3),
         "ratio_vs_bare_full": round(_ratio(found["ingest"], found["bare_full"]) / cores, 3),
         "ratio_vs_bare_with_encode": round(_ratio(found["ingest"], found["bare_encoded"]) / cores, 3),
         "images_per_s": {name: round(medians[name]) for name in ("ingest", *runs)},
-        "driver_us": round(medians["driver_us"]),
+        "cpu_ratio": round(cpu["bare"] / others, 3),
+        "cpu_us": {who: round(us) for who, us in cpu.items()},
         "imagenet_hours": {n: round(value, 2) for n, value in hours.items()},
     }
 
@@ -202,10 +223,7 @@ def _scratch(folder: Path | None) -> Iterator[Path]:
 def _start_ray(files: list[bytes]) -> float:
     """Seconds until Ray runs and every core has a worker that has decoded."""
     began = time.perf_counter()
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    else:
-        ray.init(address="local", log_to_driver=False, object_store_memory=2**30, include_dashboard=False)
+    ray.init(address="local", log_to_driver=False, object_store_memory=2**30, include_dashboard=False)
     task = ray.remote(prepare)
     images = [EncodedImage("train", data, 0, "") for data in files[:100]]
     ray.get([task.remote(images, 64, "raw") for _ in range(4 * int(ray.cluster_resources()["CPU"]))])
