@@ -14,9 +14,9 @@ For each size, in alternating repetitions on the same files, on an otherwise idl
 
 The ratios are images/s of the ingest ÷ (cores × images/s of a loop), medians over the repetitions. `cpu_us` is what is
 computed for one image, in microseconds: by the driver (a thread for the archive, others that write shards), by the
-workers, by Ray's own processes, and by the bare loop; `cpu_ratio` is the bare loop's ÷ the sum of the others', the ratio
-that would be without other load and without waiting. `imagenet_hours` is what 1,281,167 such images take: on the driver
-and `n` cores that are as fast as these, until the driver has no more time. Runs on a Ray of its own.
+workers, by Ray's own processes, and by the bare loop; `cpu_ratio` is the bare loop's ÷ the sum of the others', which is
+the ratio that would be without other load and without waiting. `imagenet_hours` is what 1,281,167 such images take on
+`n` cores as fast as these, the driver's among them, until the driver has no more time. Runs on a Ray of its own.
 """
 
 from __future__ import annotations
