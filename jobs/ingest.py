@@ -55,7 +55,7 @@ class IngestJob:
     """Side of the stored images in pixels: shorter side to this size, then a centre crop (32, 64, 128, 256).
     Default: 64 for image files; CIFAR-10 and IDX keep their own."""
     encoding: Literal["auto", "raw", "png", "jpeg", "webp"] = "auto"
-    """How images are stored; auto: raw pixels up to 64x64, else png. Only jpeg (quality 95) loses something."""
+    """How images are stored; auto: raw pixels up to 64x64, else webp. Only jpeg (quality 95) loses something."""
     rows_per_shard: int | None = None
     """Images a shard. Default: as many as make about 8 MB, 16 at least and 4,096 at most."""
     mix_shards: int = 64

@@ -30,7 +30,7 @@ from pipelines.data.sources import CITATIONS, SPLITS_IN_TURN
 from pipelines.data.sources_io import EncodedImage, ImageFile, Images, Source, SourceImage
 from pipelines.errors import FigmentError
 
-BATCH_IMAGES, BATCH_BYTES = 64, 8 * 2**20  # what one decode task gets: whichever is reached first
+BATCH_IMAGES, BATCH_BYTES = 128, 8 * 2**20  # what one decode task gets: whichever is reached first
 RESULT_BYTES = 32 * 2**20  # what it gives back at most
 TICK_S = 2.0
 
@@ -205,12 +205,13 @@ class _Run:
             return
         self._connect()
         task = ray.remote(prepare)
+        most_in_flight = max(4, 2 * int(ray.cluster_resources().get("CPU", 1)))
         in_flight: deque[tuple[list[_Place], ray.ObjectRef]] = deque()
         try:
             for places, images in _batches(placed, batch):
                 fs = self._source.fs if any(isinstance(image, ImageFile) for image in images) else None
                 in_flight.append((places, task.remote(images, size, encoding, fs, self._source.limits)))
-                while len(in_flight) >= max(4, 2 * int(ray.cluster_resources().get("CPU", 1))):
+                while len(in_flight) >= most_in_flight:
                     yield from self._checked(*self._await(*in_flight.popleft()))
             while in_flight:
                 yield from self._checked(*self._await(*in_flight.popleft()))

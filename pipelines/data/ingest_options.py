@@ -18,7 +18,7 @@ from pipelines.data.sources_io import Images, RawImage, Source, SourceImage
 from pipelines.errors import FigmentError
 
 Encoding = Literal["auto", "raw", "png", "jpeg", "webp"]
-RAW_UP_TO = 64  # pixels a side; larger images are encoded
+RAW_UP_TO = 64  # pixels a side; larger images are encoded: as WebP, the best lossless of `benchmarks.encodings`
 DEFAULT_SIZE = 64  # pixels a side, for sources of image files
 SIZES = range(8, 1025)
 SHARD_BYTES = 8 * 2**20
@@ -26,7 +26,7 @@ SHARD_ROWS = range(16, 4097)
 HELD_BYTES = 600_000_000  # of stored images, that the driver holds in open shards and in those being written
 WRITERS = 2  # shards being written at once; one more may wait for its turn
 BYTES_A_VALUE = {"raw": 1.0, "png": 0.6, "jpeg": 0.2, "webp": 0.5}  # of photographs, for the number of rows a shard
-REVISION = 2  # counts the changes to this pipeline that change the shards it makes
+REVISION = 3  # counts the changes to this pipeline that change the shards it makes
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def layout_of(format_name: str, first: SourceImage, options: IngestOptions) -> L
         size = None
     encoding: str = options.encoding
     if encoding == "auto":
-        encoding = "raw" if max(shape[1:]) <= RAW_UP_TO else "png"
+        encoding = "raw" if max(shape[1:]) <= RAW_UP_TO else "webp"
     rows = options.rows_per_shard
     if rows is None:
         wanted = int(SHARD_BYTES / (np.prod(shape) * BYTES_A_VALUE[encoding]))

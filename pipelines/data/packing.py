@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -105,7 +104,7 @@ def pack(fs: pafs.FileSystem, root: str, prepared: Sequence[Row | Bad], encoding
 
 
 def _parquet(table: pa.Table) -> memoryview:
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     pq.write_table(
         table,
         sink,
@@ -115,7 +114,7 @@ def _parquet(table: pa.Table) -> memoryview:
         write_statistics=False,
         store_schema=False,
     )
-    return sink.getbuffer()
+    return memoryview(sink.getvalue())
 
 
 def _already_there(fs: pafs.FileSystem, path: str, content_sha256: str) -> bytes | None:

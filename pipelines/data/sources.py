@@ -18,7 +18,8 @@ from pyarrow import fs as pafs
 
 from pipelines.data.sources_arrays import cifar10_binary, cifar10_python, idx, idx_pairs
 from pipelines.data.sources_files import folders, imagenet_train, imagenet_val
-from pipelines.data.sources_io import Images, Source, tar_members
+from pipelines.data.sources_io import Images, Source
+from pipelines.data.sources_tar import tar_members
 from pipelines.errors import FigmentError
 
 FORMATS: dict[str, Callable[[Source], Images]] = {

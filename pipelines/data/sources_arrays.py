@@ -10,7 +10,8 @@ import numpy as np
 from pyarrow import fs as pafs
 
 from pipelines.data.pickles import PickleError, unpickle
-from pipelines.data.sources_io import Images, Member, RawImage, Source, read_exactly, read_whole, tar_members
+from pipelines.data.sources_io import Images, RawImage, Source, read_exactly
+from pipelines.data.sources_tar import Member, read_whole, tar_members
 
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_PIXELS = 3 * 32 * 32

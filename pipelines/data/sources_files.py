@@ -7,19 +7,8 @@ from collections.abc import Iterator
 
 from pyarrow import fs as pafs
 
-from pipelines.data.sources_io import (
-    UNLABELLED,
-    BadFile,
-    EncodedImage,
-    ImageFile,
-    Images,
-    Member,
-    Source,
-    member_names,
-    read_whole,
-    tar_members,
-    too_large,
-)
+from pipelines.data.sources_io import UNLABELLED, BadFile, EncodedImage, ImageFile, Images, Source, too_large
+from pipelines.data.sources_tar import Member, member_names, read_whole, tar_members
 from pipelines.errors import FigmentError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -15,8 +15,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import IO, NoReturn, Self, cast
+from typing import IO, NoReturn, Protocol, cast
 
 import numpy as np
 from pyarrow import fs as pafs
@@ -29,8 +28,10 @@ BUFFER = 128 << 10  # bytes
 FETCH = 8 << 20  # bytes: an object store answers each read with one request, so few large ones
 PILLOW_PIXELS = 178_000_000  # of an image that Pillow still opens
 UNPACKED_FLOOR = 10**9  # bytes that any compressed file may unpack to, whatever its ratio
-GLOBAL_HEADERS = 1000  # entries
-HEADER_BYTES = 64 << 10  # of one extended tar header: long names and the like; `tarfile` holds it whole
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ Images = Generator[SourceImage, None, tuple[str, ...]]
 """What a format is: its images, lazily, and at the end the names of its labels."""
 
 
-_UNPACK: dict[bytes, Callable[[IO[bytes]], io.BufferedIOBase]] = {
+UNPACK: dict[bytes, Callable[[IO[bytes]], io.BufferedIOBase]] = {
     b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"BZh": bz2.BZ2File,
@@ -137,7 +138,7 @@ class Source:
         counted = _Counted(self, self.fs.open_input_stream(path or self.path, compression=None))
         raw = io.BufferedReader(counted, FETCH)
         magic = raw.peek(6)[:6]
-        unpack = next((opener for mark, opener in _UNPACK.items() if magic.startswith(mark)), None)
+        unpack = next((opener for mark, opener in UNPACK.items() if magic.startswith(mark)), None)
         return raw if unpack is None else io.BufferedReader(_Unpacked(self, counted, unpack(raw)), BUFFER)
 
     def room(self, path: str, stream: IO[bytes]) -> int | None:
@@ -167,11 +168,10 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self.count += len(data)
-        self._source.bytes_read += len(data)
-        return len(data)
+        size: int = self._stream.readinto(buffer)  # type: ignore[attr-defined]
+        self.count += size
+        self._source.bytes_read += size
+        return size
 
     def close(self) -> None:
         self._stream.close()
@@ -206,114 +206,12 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file of a tar."""
-
-    name: str
-    offset: int  # byte of the (decompressed) outermost tar at which its contents begin
-    size: int
-    stream: IO[bytes]
-
-    @property
-    def base_name(self) -> str:
-        return PurePosixPath(self.name).name
-
-
-def tar_members(source: Source, stream: IO[bytes], inside: Member | None = None) -> Iterator[Member]:
-    """The files of a tar, one after the other; each must be read before the next is asked for.
-
-    `inside`: the member of another tar that `stream` is. Stricter than `tarfile`, which takes a damaged header or a
-    missing end for the end of the archive: here the archive must have its end mark and only zeros after it.
-    """
-    base = inside.offset if inside else 0
-    outer = f"{inside.name}/" if inside else ""
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as tar:
-        while (info := tar.next()) is not None:
-            vars(tar)["members"] = []  # tarfile would remember every member: 1 GB for ImageNet
-            if len(tar.pax_headers) > GLOBAL_HEADERS:
-                raise tarfile.ReadError(f"more than {GLOBAL_HEADERS} entries in its global headers")
-            if not info.isfile():
-                continue
-            if info.issparse():
-                raise tarfile.ReadError(_SPARSE)
-            member = Member(outer + info.name, base + info.offset_data, info.size, tar.extractfile(info))  # type: ignore[arg-type]
-            source.at = f"{member.name} (byte {member.offset:,})"
-            yield member
-        source.at = inside.name if inside else ""
-        rest = cast("IO[bytes]", tar.fileobj)
-        while chunk := rest.read(CHUNK):  # to its end: only there a compressed stream checks its sum
-            if chunk.count(0) != len(chunk):
-                raise tarfile.ReadError(f"there is data after the end mark of the tar (byte {base + tar.offset:,})")
-    while stream.read(CHUNK):
-        pass
-
-
-def member_names(source: Source) -> list[str]:
-    """All files of the tar that `source` is, by jumping from header to header; empty where only a stream can be read.
-
-    That is from the web, where each jump may fetch megabytes, and out of a compressed file.
-    """
-    if isinstance(source.fs, pafs.PyFileSystem):
-        return []
-    with source.fs.open_input_file(source.path) as file:
-        if bytes(file.read(6)).startswith(tuple(_UNPACK)):
-            return []
-        file.seek(0)
-        names = []
-        with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_StrictTarInfo) as tar:
-            while (info := tar.next()) is not None:
-                vars(tar)["members"] = []
-                names += [info.name] if info.isfile() else []
-        return names
-
-
-_SPARSE = "it has a sparse file, whose size is only claimed; pack it without --sparse"
-_EXTENDED = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.HeaderError, ValueError, OverflowError, RecursionError) as error:
-            if type(error).__name__ == "EOFHeaderError":  # the zero block that ends a whole archive
-                raise
-            raise tarfile.ReadError(f"no tar header at byte {tar.offset:,} ({error}): cut off or damaged") from error
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError(_SPARSE)
-        if info.size < 0 or (info.type in _EXTENDED and info.size > HEADER_BYTES):
-            raise tarfile.ReadError(f"a header that claims {info.size:,} bytes")
-        return info
-
-    def _proc_gnusparse_10(self, *_: object) -> NoReturn:  # its map may be as long as the archive
-        raise tarfile.ReadError(_SPARSE)
-
-
-def read_exactly(source: Source, stream: IO[bytes], size: int, what: str) -> bytes:
+def read_exactly(source: Source, stream: Readable, size: int, what: str) -> bytes:
     """`size` bytes, or the error that says where `what` ended."""
     data = stream.read(size)
     if len(data) < size:
         source.refuse(f"ends {size - len(data):,} bytes short of {what}: the file is cut off, fetch it again")
     return data
-
-
-def read_whole(source: Source, member: Member) -> bytes:
-    """All of a member that `Limits` let in."""
-    if member.size > source.limits.file_bytes:
-        source.refuse(too_large(member.size, source.limits))
-    return read_exactly(source, member.stream, member.size, f"its {member.size:,} bytes")
 
 
 def too_large(size: int, limits: Limits) -> str:

@@ -276,9 +276,9 @@ def test_imagenet_is_decoded_on_workers(store: pafs.FileSystem, imagenet: Path) 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_large_images_are_stored_as_png(store: pafs.FileSystem, imagenet: Path) -> None:
+def test_large_images_are_stored_as_lossless_webp(store: pafs.FileSystem, imagenet: Path) -> None:
     manifest = ingest(local(imagenet), store, replace(SMALL, size=96)).manifest
-    assert (manifest.image_shape, manifest.encoding) == ((3, 96, 96), "png")
+    assert (manifest.image_shape, manifest.encoding) == ((3, 96, 96), "webp")
     image, _ = stored(store, manifest, "train")[0]
     assert Image.open(io.BytesIO(image)).size == (96, 96)
 
