@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             needs.add("s3_endpoint")  # asked for by a parametrised fixture when it runs
         if needs:
             item.add_marker("servers")
-        for server in ("stack", "ray_cluster", "mlflow_server"):
+        for server in ("stack", "ray_cluster", "mlflow_server", "pair"):
             if server in needs:
                 item.add_marker(pytest.mark.xdist_group(server))
                 break
