@@ -52,14 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests need a server (`make test-fast` leaves them out), and which share one process of `pytest -n`: each
     server is started once."""
     for item in items:
-        needs = SERVERS & set(getattr(item, "fixturenames", ()))
+        fixtures = getattr(item, "fixturenames", ())
+        needs = SERVERS & {*fixtures}
         given = getattr(getattr(item, "callspec", None), "params", {}).values()
         if any(isinstance(value, str) and value == "s3" for value in given):
             needs.add("s3_endpoint")  # asked for by a parametrised fixture when it runs
         if needs:
             item.add_marker("servers")
         for server in ("stack", "ray_cluster", "mlflow_server", "pair"):
-            if server in needs:
+            if server in fixtures:
                 item.add_marker(pytest.mark.xdist_group(server))
                 break
 
