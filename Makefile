@@ -5,8 +5,8 @@ BIN    := .venv/bin
 STACK  := $(BIN)/python -m infra.local
 SUBMIT := $(STACK) run -- python -m jobs.submit --
 RECIPE ?= dcgan-demo
-# Tests that share a server stay in one process (tests/conftest.py); three processes, since servers are waited for.
-PARALLEL := -n 3 --dist loadgroup
+# Tests that share a server stay in one process (tests/grouping.py); three processes, since servers are waited for.
+PARALLEL := -n 3 --dist loadscope
 OUT    ?= $(CURDIR)/out/$(RECIPE)
 
 .DEFAULT_GOAL := help

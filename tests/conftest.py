@@ -35,6 +35,7 @@ from infra.private import write_secret
 from infra.processes import free_ports, start, stop, wait_or_start_again, wait_until_serving
 from infra.servers import BUCKET, MLFLOW_PORTS, RAY_PORTS, REGION, S3_ADMIN_PARTNER, S3_PORTS
 from infra.storage import open_storage
+from tests.grouping import ByServer, order_of
 
 # Chosen now and not when the S3 server starts, so that a Ray cluster which starts earlier hands them to its workers.
 S3 = free_ports(S3_PORTS, partner=S3_ADMIN_PARTNER)
@@ -47,22 +48,21 @@ os.environ["AWS_SECRET_ACCESS_KEY"] = secrets.token_hex(20)
 SERVERS = {"ray_cluster", "s3_endpoint", "mlflow_server", "stack"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests need a server (`make test-fast` leaves them out), and which share one process of `pytest -n`: each
-    server is started once."""
+    """Marks the tests that need a server (`make test-fast` leaves them out), and sorts those that share one first."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        needs = SERVERS & {*fixtures}
         given = getattr(getattr(item, "callspec", None), "params", {}).values()
-        if any(isinstance(value, str) and value == "s3" for value in given):
-            needs.add("s3_endpoint")  # asked for by a parametrised fixture when it runs
-        if needs:
+        if SERVERS & {*getattr(item, "fixturenames", ())} or any(
+            isinstance(value, str) and value == "s3" for value in given  # asked for by a fixture when it runs
+        ):
             item.add_marker("servers")
-        for server in ("stack", "ray_cluster", "mlflow_server", "pair"):
-            if server in fixtures:
-                item.add_marker(pytest.mark.xdist_group(server))
-                break
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: order_of(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByServer:
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session")

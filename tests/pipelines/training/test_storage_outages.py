@@ -1,6 +1,6 @@
 """A run on an object storage that fails and comes back ends with the same bytes; on one that stays away, in a sentence.
 
-The loop runs in process, its stream in Ray tasks, both through a proxy in front of the real S3 server.
+The loop and its stream run in this process, through a proxy in front of the real S3 server.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def behind_proxy(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     fs = open_storage(str(tmp_path_factory.mktemp("undisturbed")))
     _run(fs)
     return _weights(fs)
