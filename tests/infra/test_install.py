@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra import install
+from pipelines.ray_private import job_package
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("models", "pipelines", "jobs", "infra")
@@ -80,10 +81,8 @@ def test_the_end_of_a_failed_installation():
 
 
 def test_a_job_takes_the_code_along_and_nothing_else(tmp_path):
-    from ray._private.runtime_env.packaging import create_package
-
     package = tmp_path / "package.zip"
-    create_package(str(ROOT), package, include_gitignore=True, excludes=[])
+    job_package(ROOT, package)
     with zipfile.ZipFile(package) as archive:
         names = archive.namelist()
     code = {str(path.relative_to(ROOT)) for folder in OURS for path in (ROOT / folder).rglob("*.py")}

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +27,7 @@ from pipelines.data.plan import Cursor, rank_segments, training_plan, window_ord
 from pipelines.data.stream import BatchStream, evaluation_batches, training_batches
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object, write_object
+from pipelines.ray_private import session_folder
 from tests.pipelines.data.shards import image_of, write_dataset
 
 SHARD_ROWS = (17, 0, 30, 5, 23, 40, 8)
@@ -293,8 +293,7 @@ def test_the_keys_of_the_storage_are_not_published(s3_store: Store) -> None:
         next(batches)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     as_numbers = ", ".join(str(b) for b in secret.encode())
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
-    for path in (session / "logs").rglob("*"):
+    for path in (session_folder() / "logs").rglob("*"):
         if path.is_file():
             text = path.read_text(errors="replace")
             assert secret not in text, path
