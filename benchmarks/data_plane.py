@@ -4,7 +4,9 @@ Side by side, in one process (a Ray actor, as a training worker is) and in alter
 
 - the stream: `training_batches` as training uses it; a fresh stream each time, its first epoch as warm-up, then
   `--epochs` epochs without a pause against the clock;
-- bare pyarrow: `pyarrow.parquet.read_table` of the same shards over the same filesystem, `--epochs` passes;
+- bare pyarrow: `pyarrow.parquet.read_table` of the same shards over the same filesystem, `--epochs` passes. For
+  encoded images instead bare decoding: as many processes as cores read the same shards and decode them with Pillow
+  (`bare_decode.py`). Let a small data set pass often (`--epochs 20`), or what was read ahead at the start weighs;
 - a `torch.utils.data.DataLoader` with 2 workers over the same images as PNG files on the local disk, one pass, from the
   arrival of its first batch on.
 
@@ -25,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,14 +40,15 @@ import torch
 import tyro
 from PIL import Image
 from pyarrow import fs as pafs
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.bare_decode import BareDecode
 from infra.storage import StorageError, default_store, open_storage
 from pipelines.data.manifest import Manifest, load_manifest
 from pipelines.data.plan import Cursor
 from pipelines.data.stream import BatchStream, evaluation_batches, training_batches
 from pipelines.errors import FigmentError
+from pipelines.ray_private import object_store_bytes
 
 TIMES_LONGER = 4
 LOADER_WORKERS = 2
@@ -53,7 +56,7 @@ LOADER_WORKERS = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """Compare the data stream with bare pyarrow and with a PyTorch DataLoader, and watch its memory."""
+    """Compare the data stream with bare reading or decoding and with a PyTorch DataLoader, and watch its memory."""
 
     dataset: str = "cifar10"
     """Data set in the store: NAME or NAME@VERSION."""
@@ -170,7 +173,7 @@ def _peak_memory(worker: Any) -> Iterator[Callable[[], int]]:
     """Samples memory until the end of the block; the value then gives the peak in bytes."""
     raylet = psutil.Process(ray.get(worker.pid.remote())).parent()
     assert raylet is not None
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    address = ray.get_runtime_context().gcs_address
     peak, done = 0, threading.Event()
 
     def sample() -> None:
@@ -183,7 +186,7 @@ def _peak_memory(worker: Any) -> Iterator[Callable[[], int]]:
                         private += process.memory_full_info().uss
                 except psutil.NoSuchProcess:
                     continue
-            peak = max(peak, private + get_memory_info_reply(state).store_stats.object_store_bytes_used)
+            peak = max(peak, private + object_store_bytes(address))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -196,27 +199,37 @@ def _peak_memory(worker: Any) -> Iterator[Callable[[], int]]:
 
 def measure_speed(fs: pafs.FileSystem, manifest: Manifest, settings: Settings) -> dict[str, Any]:
     worker = Worker.remote(fs, manifest, settings)  # type: ignore[attr-defined]
-    found: dict[str, list[float]] = {"stream": [], "pyarrow": [], "dataloader": [], "first_batch_s": []}
-    with tempfile.TemporaryDirectory(prefix="figment-png-") as scratch:
-        ray.get(worker.write_files.remote(Path(scratch)))
-        ray.get([worker.stream.remote(0), worker.bare.remote(), worker.loader.remote(Path(scratch))])  # warm
+    raw = manifest.encoding == "raw"
+    yardstick = "pyarrow" if raw else "bare_decode"
+    found: dict[str, list[float]] = {"stream": [], yardstick: [], "dataloader": [], "first_batch_s": []}
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="figment-png-")))
+
+        decoders = None if raw else stack.enter_context(BareDecode(fs, manifest, settings.split))
+
+        def bare() -> float:
+            return ray.get(worker.bare.remote()) if decoders is None else decoders.images_per_s(settings.epochs)
+
+        ray.get(worker.write_files.remote(scratch))
+        ray.get([worker.stream.remote(0), worker.loader.remote(scratch)])  # warm
+        bare()
         for repetition in range(settings.repetitions):
             images_per_s, first = ray.get(worker.stream.remote(repetition))
             found["stream"].append(images_per_s)
             found["first_batch_s"].append(first)
-            found["pyarrow"].append(ray.get(worker.bare.remote()))
-            found["dataloader"].append(ray.get(worker.loader.remote(Path(scratch))))
+            found[yardstick].append(bare())
+            found["dataloader"].append(ray.get(worker.loader.remote(scratch)))
             print(
                 f"  {repetition + 1}/{settings.repetitions}: stream {images_per_s:,.0f} images/s (first batch after"
-                f" {first:.2f} s), pyarrow {found['pyarrow'][-1]:,.0f}, DataLoader {found['dataloader'][-1]:,.0f}",
+                f" {first:.2f} s), {yardstick} {found[yardstick][-1]:,.0f}, DataLoader {found['dataloader'][-1]:,.0f}",
                 flush=True,
             )
     ray.kill(worker)
     medians = {name: statistics.median(values) for name, values in found.items()}
     return {
-        "ratio_vs_pyarrow": round(_ratio(found["stream"], found["pyarrow"]), 3),
+        f"ratio_vs_{yardstick}": round(_ratio(found["stream"], found[yardstick]), 3),
         "ratio_vs_dataloader": round(_ratio(found["stream"], found["dataloader"]), 3),
-        "images_per_s": {name: round(medians[name]) for name in ("stream", "pyarrow", "dataloader")},
+        "images_per_s": {name: round(medians[name]) for name in ("stream", yardstick, "dataloader")},
         "first_batch_s": round(medians["first_batch_s"], 2),
     }
 
@@ -268,6 +281,7 @@ def main() -> None:
         "rows": rows,
         "shards": len(manifest.shards(settings.split)),
         "image_shape": manifest.image_shape,
+        "encoding": manifest.encoding,
         "store": store.partition("://")[0],
         "cores": os.cpu_count(),
         "repetitions": settings.repetitions,

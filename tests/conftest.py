@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         given = getattr(getattr(item, "callspec", None), "params", {}).values()
         if SERVERS & {*getattr(item, "fixturenames", ())} or any(
-            isinstance(value, str) and value == "s3" for value in given  # asked for by a fixture when it runs
+            isinstance(value, str) and value == "s3"
+            for value in given  # asked for by a fixture when it runs
         ):
             item.add_marker("servers")
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("models", "pipelines", "jobs", "infra", "benchmarks", "tests")
 MAX_LINES = 400
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 # What a folder may import besides the standard library; None: any library.
 ALLOWED: dict[str, tuple[set[str] | None, set[str]]] = {
@@ -82,6 +84,47 @@ def test_no_module_needs_itself():
     for name, imported in graph.items():  # `from a import b` names a module, or what is in one
         graph[name] = {m if m in graph else m.rpartition(".")[0] for m in imported} & graph.keys() - {name}
     TopologicalSorter(graph).prepare()  # CycleError names the modules of a cycle
+
+
+def _private_of_ray() -> list[str]:
+    """Places that import an underscored part of Ray or, in a file that knows Ray, use an underscored attribute that is
+    defined nowhere in this project."""
+    trees = {path: ast.parse(path.read_text()) for folder in OURS for path in _files(folder)}
+    ours = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, DEFINITION)}
+    ours |= {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store) and not _of_a_context(node)
+    }
+    found = []
+    for path, tree in trees.items():
+        imports = [(line, name) for line, name in _imports(path) if name.partition(".")[0] == "ray"]
+        places = [(line, name) for line, name in imports if any(part.startswith("_") for part in name.split("."))]
+        if imports:
+            places += [
+                (node.lineno, node.attr)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute)
+                and re.fullmatch(r"_[a-zA-Z]\w*", node.attr)
+                and node.attr not in ours
+                and getattr(node.value, "id", "") not in ("os", "sys")
+            ]
+        found += [f"{path.relative_to(ROOT)}:{line} uses {name}" for line, name in places]
+    return found
+
+
+def _of_a_context(node: ast.AST) -> bool:
+    """`context._x = …` sets something of Ray's, where `self._x = …` defines something of ours."""
+    return isinstance(node, ast.Attribute) and getattr(node.value, "id", "") != "self"
+
+
+def test_what_is_private_to_ray_has_one_owner():
+    places = _private_of_ray()
+    assert {place.partition(":")[0] for place in places} == {"pipelines/ray_private.py"}
+    assert any("_max_num_blocks" in place for place in places)  # set, imported and asked: all are seen
+    assert any("ray._private.internal_api" in place for place in places)
+    assert any("_output_node" in place for place in places)
 
 
 def test_the_rules_can_fail(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ import numpy as np
 from pipelines.data.manifest import Manifest
 from pipelines.errors import FigmentError
 
-WINDOW_BYTES = 128 * 2**20  # a task holds one window, so this and not the data set bounds its memory
+WINDOW_BYTES = 128 * 2**20  # of pixels: a task puts out one window, so this and not the data set bounds its memory
 
 Segment = tuple[int, int, int]
 """(epoch, start, stop): positions start … stop-1 of the order of that epoch."""
@@ -86,14 +86,12 @@ def window_order(seed: int, epoch: int, window: Window) -> np.ndarray:
 
 
 def training_plan(manifest: Manifest, split: str, *, seed: int, shuffle_shards: int) -> Plan:
-    """The plan of a split; windows are cut short where they would hold more than `WINDOW_BYTES` in memory."""
+    """The plan of a split; windows are cut short where they would hold more than `WINDOW_BYTES` of decoded pixels."""
     shards = manifest.shards(split)
-    rows = sum(shard.rows for shard in shards)
-    if rows == 0:
+    if not any(shard.rows for shard in shards):
         raise FigmentError(f"split {split!r} of data set {manifest.name!r} has no rows; ingest images or name another")
-    raw = manifest.encoding == "raw"
-    row_bytes = math.prod(manifest.image_shape) if raw else max(1, sum(shard.bytes for shard in shards) // rows)
-    return Plan(tuple(shard.rows for shard in shards), seed, shuffle_shards, max(1, WINDOW_BYTES // row_bytes))
+    window_rows = max(1, WINDOW_BYTES // math.prod(manifest.image_shape))
+    return Plan(tuple(shard.rows for shard in shards), seed, shuffle_shards, window_rows)
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,18 @@ import ray
 import ray.data
 from pyarrow import fs as pafs
 from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import RayError
 
 from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Cursor, evaluation_share, rank_segments, training_plan
-from pipelines.data.windows import BLOCK_BYTES, Layout, Read, decode, pixels_of, read_window
+from pipelines.data.windows import BLOCK_BYTES, Layout, Read, pixels_of, read_window
 from pipelines.errors import FigmentError
+from pipelines.ray_private import block_refs, never_wait_for_the_consumer, paced
 
 STORE_BYTES = 256 * 2**20  # of the object store, for one pipeline: no further window is begun beyond it
 TASKS = 4  # windows of one worker in the making at the same time
 READ_CPUS = 0.5  # so that a small machine runs few of them beside its training workers, and any other TASKS
-DECODE_CPUS = 0.5
 WINDOWS_PER_PIPELINE = 64
-REST_S = 0.05  # finished blocks wait at that time: more than one, when the consumer is slow
 PATIENCE_S = 30.0  # without a batch, before the log says so
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -234,20 +231,6 @@ def _batches(
 # --- Ray Data: blocks from reads --------------------------------------------------------------------------------------
 
 
-class _Pace(ExecutionCallback):
-    """Lets Ray Data's scheduling loop rest while a block waits for the consumer.
-
-    The loop runs in a thread of the training process, and as long as finished blocks wait it turns without pause. Each
-    turn takes the interpreter lock that the training thread wants back after every tensor operation: without the rest
-    `dcgan-demo` trained at about 60 % of its speed on two cores, and the other core was busy with nothing else
-    (docs/results.md).
-    """
-
-    def on_execution_step(self, executor: StreamingExecutor) -> None:
-        if not executor._consumer_idling():
-            time.sleep(REST_S)
-
-
 class _Pipeline:
     """One Ray Data execution, begun: its blocks in the order of its reads."""
 
@@ -262,22 +245,13 @@ class _Pipeline:
             compute=TaskPoolStrategy(size=min(TASKS, len(reads))),
             num_cpus=READ_CPUS,
         )
-        block_bytes = BLOCK_BYTES
-        if not layout.raw:
-            dataset = dataset.map_batches(
-                _decode_block, fn_args=(source,), batch_format="pyarrow", num_cpus=DECODE_CPUS
-            )
-            stored = sum(shard.bytes for shard in reads[0].shards) / sum(shard.rows for shard in reads[0].shards)
-            block_bytes = max(2**20, int(BLOCK_BYTES * min(1.0, stored / layout.width)))  # decoded: about BLOCK_BYTES
         context = dataset.context
         context.enable_progress_bars = False
         context.enable_auto_log_stats = False
         context.print_on_execution_start = False
-        context.target_max_block_size = block_bytes
-        # A task that waits for its consumer would keep its CPU from other ranks, for whom that consumer may wait. (Not
-        # None, "no limit": then Ray does not count what running tasks will put out, and reads ahead without bound.)
-        context._max_num_blocks_in_streaming_gen_buffer = 2**20
-        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Pace]
+        context.target_max_block_size = BLOCK_BYTES
+        never_wait_for_the_consumer(context)
+        paced(context)
         context.raise_original_map_exception = True  # the wrapper that Ray has for them loses them on its way here
         # Training may stand still for an hour, to evaluate or to debug.
         context.execution_no_progress_timeout_s = -1
@@ -288,19 +262,17 @@ class _Pipeline:
         context.execution_options = ExecutionOptions(
             preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=memory)
         )
-        # Not `iter_batches`: it leaves threads behind when it is not read to its end, and this thread is enough.
-        self._bundles: Iterator | None = dataset.iter_internal_ref_bundles()
+        self._blocks: Iterator[ray.ObjectRef] | None = block_refs(dataset)
 
     def __iter__(self) -> Iterator[pa.Table]:
-        while self._bundles is not None:
-            bundle = next(self._bundles, None)
-            if bundle is None:
+        while self._blocks is not None:
+            block = next(self._blocks, None)
+            if block is None:
                 return
-            for entry in bundle.blocks:
-                yield ray.get(entry.ref)
+            yield ray.get(block)
 
     def close(self) -> None:
-        self._bundles = None  # Ray ends the execution when its iterator is let go
+        self._blocks = None  # Ray ends the execution when its iterator is let go
 
 
 def _blocks(fs: pafs.FileSystem, layout: Layout, reads: Iterator[Read]) -> Generator[pa.Table, None, None]:
@@ -340,7 +312,3 @@ def _read_blocks(items: pa.Table, source: ray.ObjectRef) -> Iterator[pa.Table]:
     fs, layout = _open(source)
     for item in items["item"]:
         yield from read_window(fs, layout, pickle.loads(item.as_py()))
-
-
-def _decode_block(block: pa.Table, source: ray.ObjectRef) -> pa.Table:
-    return decode(_open(source)[1], block)

@@ -1,9 +1,9 @@
 """One window of shards out of the storage: what a task of the stream does.
 
 Fetch each shard whole, check size and sha256 against the manifest, put its rows at their places in the order, hand out
-contiguous Arrow blocks. Raw images are moved as bytes and never become Python objects. Encoded ones are handed out as
-they are stored, each with where it is from, and `decode` makes pixels of one block: a second kind of task, because
-pixels may take ten times the room.
+contiguous Arrow blocks. Raw images are moved as bytes and never become Python objects. Encoded ones are decoded block
+by block in the same task: tasks of their own for that were given one window at a time by Ray Data, and half of the
+cores had nothing to do (docs/results.md).
 """
 
 from __future__ import annotations
@@ -61,12 +61,15 @@ class Read:
 
 
 def read_window(fs: pafs.FileSystem, layout: Layout, read: Read) -> Iterator[pa.Table]:
-    """Blocks of the rows asked for, in order: `image`, `label` int32; encoded images come with `where`, for errors.
+    """Blocks of the rows asked for, in order: `image` as fixed-size binary of C*H*W bytes, `label` int32.
 
     Raises `FigmentError` naming the shard that is missing, cut off, damaged or not what the manifest says.
     """
+    step = max(1, BLOCK_BYTES // layout.width)
     if not layout.raw:
-        yield _encoded(fs, layout, read)
+        files = _encoded(fs, layout, read)
+        for i in range(0, read.rows, step):
+            yield decode(layout, files.slice(i, step))
         return
     images = np.empty((read.rows, layout.width), np.uint8)
     labels = np.empty(read.rows, np.int32)
@@ -74,13 +77,12 @@ def read_window(fs: pafs.FileSystem, layout: Layout, read: Read) -> Iterator[pa.
         table = _load(fs, layout, shard)
         pixels, ids = pixels_of(table["image"], layout.width), table["label"].to_numpy()
         images[places], labels[places] = pixels[rows], ids[rows]
-    step = max(1, BLOCK_BYTES // layout.width)
     for i in range(0, read.rows, step):
         yield _table(images[i : i + step], labels[i : i + step])
 
 
 def decode(layout: Layout, block: pa.Table) -> pa.Table:
-    """Encoded images -> `image` as fixed-size binary of C*H*W bytes. `FigmentError` names the row of a bad one."""
+    """Pixels of encoded images, of which each comes with `where` it is from: `FigmentError` names a bad one so."""
     pixels = np.empty((block.num_rows, *layout.image_shape), np.uint8)
     for i, (image, where) in enumerate(zip(block["image"], block["where"], strict=True)):
         pixels[i] = _decode(layout, image.as_buffer(), where)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.ray_private import prepared_cluster_file
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,21 +20,17 @@ def cluster() -> dict:
 
 
 def test_ray_accepts_it(cluster):
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared = prepare_config(copy.deepcopy(cluster))
-    validate_config(prepared)
+    prepared = prepared_cluster_file(copy.deepcopy(cluster))
     assert prepared["head_node_type"] in prepared["available_node_types"]
     assert prepared["max_workers"] == len(cluster["provider"]["worker_ips"])
 
 
 def test_ray_would_refuse_a_typo(cluster):
     import jsonschema
-    from ray.autoscaler._private.util import prepare_config, validate_config
 
     cluster["setup_comands"] = []
     with pytest.raises(jsonschema.ValidationError):
-        validate_config(prepare_config(cluster))
+        prepared_cluster_file(cluster)
 
 
 def test_nodes_get_the_pinned_versions_and_the_environment_of_a_private_file(cluster):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra import install
+from pipelines.ray_private import job_package
 from pipelines.recipes import RECIPES
 from pipelines.recipes.recipe import Shipped
 
@@ -82,10 +83,8 @@ def test_the_end_of_a_failed_installation():
 
 
 def test_a_job_takes_the_code_and_the_shipped_data_along_and_nothing_else(tmp_path):
-    from ray._private.runtime_env.packaging import create_package
-
     package = tmp_path / "package.zip"
-    create_package(str(ROOT), package, include_gitignore=True, excludes=[])
+    job_package(ROOT, package)
     with zipfile.ZipFile(package) as archive:
         names = archive.namelist()
         shipped = sum(info.compress_size for info in archive.infolist() if info.filename.startswith("data/"))

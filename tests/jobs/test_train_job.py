@@ -15,10 +15,10 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 from pyarrow import fs as pafs
-from ray._private.worker import get_dashboard_url
 
 from pipelines.data.manifest import load_manifest
 from pipelines.objects import exists
+from pipelines.ray_private import dashboard_url
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def job_server(ray_cluster: str) -> str:
     """The address of the cluster's job server, which takes jobs by now."""
-    return f"http://{get_dashboard_url()}"
+    return f"http://{dashboard_url()}"
 
 
 def _submit(job_server: str, *command: str) -> subprocess.CompletedProcess[str]:

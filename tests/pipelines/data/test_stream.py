@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from pyarrow import fs as pafs
-from ray.util.state import list_tasks
 
 from pipelines.data import stream
 from pipelines.data.manifest import Manifest
@@ -28,6 +26,7 @@ from pipelines.data.plan import Cursor, rank_segments, training_plan, window_ord
 from pipelines.data.stream import BatchStream, evaluation_batches, training_batches
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object, write_object
+from pipelines.ray_private import object_store_bytes, session_folder
 from tests.pipelines.data.shards import image_of, write_dataset
 
 SHARD_ROWS = (17, 0, 30, 5, 23, 40, 8)
@@ -265,24 +264,23 @@ def test_what_is_read_ahead_is_bounded(
     manifest = write_dataset(fs, "rows", (21,), shape=shape, encoding=encoding)
     manifest = replace(manifest, splits={"train": manifest.shards("train") * 60})
 
-    def finished() -> int:
-        tasks = list_tasks(ray_cluster, filters=[("state", "=", "FINISHED")], limit=10_000)
-        return sum(task.name == "MapBatches(_read_blocks)" for task in tasks)
+    def settled() -> int:
+        """Bytes in the object store when they have not changed for two seconds."""
+        held, since = -1, time.monotonic()
+        while time.monotonic() - since < 2:
+            now = object_store_bytes(ray_cluster)
+            held, since = (held, since) if now == held else (now, time.monotonic())
+            time.sleep(0.1)
+        return held
 
-    before = finished()
+    before = settled()  # what an earlier test leaves goes away in its own time
     with training_batches(
         fs, manifest, "train", seed=0, shuffle_shards=1, cursor=Cursor.start(1), rank=0, batch_size=21
     ) as batches:
         next(batches)
-        count, still = -1, 0
-        while still < 4:
-            time.sleep(1)
-            now = finished() - before
-            count, still = now, still + 1 if now == count else 0
-        assert 2 <= count <= 20
+        assert 2**20 < settled() - before <= 20 * 2**20
         for _ in range(59):
             next(batches)
-    wait_until(lambda: finished() - before >= 60, "not every task is known as finished")  # Ray hears of them later
 
 
 def test_the_keys_of_the_storage_are_not_published(s3_store: Store) -> None:
@@ -293,8 +291,7 @@ def test_the_keys_of_the_storage_are_not_published(s3_store: Store) -> None:
         next(batches)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     as_numbers = ", ".join(str(b) for b in secret.encode())
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
-    for path in (session / "logs").rglob("*"):
+    for path in (session_folder() / "logs").rglob("*"):
         if path.is_file():
             text = path.read_text(errors="replace")
             assert secret not in text, path

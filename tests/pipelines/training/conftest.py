@@ -9,7 +9,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from pipelines.data import stream
-from pipelines.data.windows import Layout, Read, decode, read_window
+from pipelines.data.windows import Layout, Read, read_window
 from tests.pipelines.training.pair import Pair
 
 
@@ -28,14 +28,15 @@ def pair(_pairs: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return _pairs[-1]
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
     """The stream reads its windows in the process that trains, without Ray Data's tasks: the same blocks in the same
     order, which is what test_stream.py asserts of the tasks."""
 
     def blocks(fs: pafs.FileSystem, layout: Layout, reads: Iterator[Read]) -> Generator[pa.Table, None, None]:
         for read in reads:
-            for block in read_window(fs, layout, read):
-                yield block if layout.raw else decode(layout, block)
+            yield from read_window(fs, layout, read)
 
-    monkeypatch.setattr(stream, "_blocks", blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_blocks", blocks)
+        yield

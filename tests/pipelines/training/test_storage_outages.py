@@ -46,7 +46,7 @@ def behind_proxy(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def undisturbed(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     fs = open_storage(str(tmp_path_factory.mktemp("undisturbed")))
     _run(fs)
     return _weights(fs)
