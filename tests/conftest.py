@@ -27,6 +27,7 @@ for _name in [*os.environ]:
     if _name.startswith(("AWS_", "MLFLOW_TRACKING_", "FIGMENT_", "RAY_ADDRESS", "RAY_API_")):
         del os.environ[_name]
 
+import hypothesis
 import pytest
 from pyarrow import fs as pafs
 
@@ -36,6 +37,10 @@ from infra.processes import free_ports, start, stop, wait_or_start_again, wait_u
 from infra.servers import BUCKET, MLFLOW_PORTS, RAY_PORTS, REGION, S3_ADMIN_PARTNER, S3_PORTS
 from infra.storage import open_storage
 from tests.grouping import ByServer, order_of
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("figment", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("figment")
 
 # Chosen now and not when the S3 server starts, so that a Ray cluster which starts earlier hands them to its workers.
 S3 = free_ports(S3_PORTS, partner=S3_ADMIN_PARTNER)
