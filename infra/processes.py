@@ -23,7 +23,9 @@ import psutil
 MARK = "FIGMENT_STARTED_AS"
 """The variable that holds the mark of the server that a process belongs to."""
 
-PORTS = range(20000, 30000)  # below what systems hand out for outgoing connections, above what people number by hand
+# Below what systems hand out for outgoing connections, above what people number by hand. FIGMENT_PORTS names others,
+# for a machine where these are taken, and for stacks that start at the same moment.
+PORTS = "20000-29999"
 
 
 class StackError(Exception):
@@ -247,22 +249,33 @@ def _born_or_never(process: psutil.Process) -> float:
         return float("inf")
 
 
-def free_ports(names: Sequence[str], partner: int = 0, apart_from: Iterable[int] = ()) -> dict[str, int]:
+def free_ports(
+    names: Sequence[str], partner: int = 0, apart_from: Iterable[int] = (), among: Sequence[int] | None = None
+) -> dict[str, int]:
     """A free loopback port for each name; with `partner`, the port that far above is free too."""
+    among = among or _allowed_ports()
     ports: dict[str, int] = {}
     taken: set[int] = set(apart_from)
     chooser = random.SystemRandom()
     for name in names:
         for _ in range(1000):
-            port = chooser.choice(PORTS)
+            port = chooser.choice(among)
             wanted = {port, port + partner}
             if not wanted & taken and all(port_is_free(p) for p in wanted):
                 ports[name] = port
                 taken |= wanted
                 break
         else:
-            raise StackError(f"no free port between {PORTS.start} and {PORTS.stop} on 127.0.0.1")
+            raise StackError(f"no free port between {among[0]} and {among[-1]} on 127.0.0.1")
     return ports
+
+
+def _allowed_ports() -> range:
+    text = os.environ.get("FIGMENT_PORTS", PORTS)
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 1024 <= int(first) < int(last) < 65536):
+        raise StackError(f"FIGMENT_PORTS is {text!r}; it names the first and the last port, e.g. {PORTS}")
+    return range(int(first), int(last) + 1)
 
 
 def port_is_free(port: int) -> bool:

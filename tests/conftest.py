@@ -27,6 +27,11 @@ for _name in [*os.environ]:
     if _name.startswith(("AWS_", "MLFLOW_TRACKING_", "FIGMENT_", "RAY_ADDRESS", "RAY_API_")):
         del os.environ[_name]
 
+# Each process of `pytest -n` has ports of its own: between the choice of a port and its use others choose as well.
+_first = 20_000 + 2_500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10_000
+_for_s3 = range(_first, _first + 300)  # chosen below, used whenever the server starts
+os.environ["FIGMENT_PORTS"] = f"{_for_s3.stop}-{_first + 2_499}"
+
 import hypothesis
 import pytest
 from pyarrow import fs as pafs
@@ -43,7 +48,7 @@ hypothesis.settings.register_profile("figment", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("figment")
 
 # Chosen now and not when the S3 server starts, so that a Ray cluster which starts earlier hands them to its workers.
-S3 = free_ports(S3_PORTS, partner=S3_ADMIN_PARTNER)
+S3 = free_ports(S3_PORTS, partner=S3_ADMIN_PARTNER, among=_for_s3)
 os.environ["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{S3['s3']}"
 os.environ["AWS_REGION"] = REGION
 os.environ["AWS_ACCESS_KEY_ID"] = f"test{secrets.token_hex(8)}"
@@ -89,7 +94,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, short_folder: Path) ->
     import ray
 
     folder = tmp_path_factory.mktemp("ray")
-    ports = free_ports(RAY_PORTS, apart_from=S3.values())
+    ports = free_ports(RAY_PORTS)
     token_file = folder / "token"
     write_secret(token_file, os.environ["RAY_AUTH_TOKEN"])
     told = {name: os.environ[name] for name in os.environ if name.startswith("RAY_TRAIN_")}

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,7 +262,9 @@ def test_variables_can_be_kept_from_a_server(tmp_path, monkeypatch):
 
 def test_the_log_before_is_kept(tmp_path):
     for word in ("first", "second"):
-        psutil.Process(start(_server(tmp_path, f"print('{word}')"), tmp_path / "x.log").pid).wait()
+        running = start(_server(tmp_path, f"print('{word}')"), tmp_path / "x.log")
+        with suppress(psutil.NoSuchProcess):  # it may be gone already
+            psutil.Process(running.pid).wait()
     assert (tmp_path / "x.log").read_text() == "second\n"
     assert (tmp_path / "x.previous.log").read_text() == "first\n"
 
@@ -287,3 +290,14 @@ def test_tail(tmp_path):
 def test_a_server_never_shows_its_secrets(tmp_path):
     server = replace(_server(tmp_path, ""), environment={"AWS_SECRET_ACCESS_KEY": "s3cret"})
     assert "s3cret" not in repr(server)
+
+
+def test_ports_come_from_the_range_that_is_named(monkeypatch):
+    monkeypatch.setenv("FIGMENT_PORTS", "21000-21004")
+    assert set(free_ports(["a", "b", "c"]).values()) <= set(range(21000, 21005))
+    with pytest.raises(StackError, match="no free port between 21000 and 21004"):
+        free_ports([str(i) for i in range(6)])
+    for wrong in ("x", "80-90", "3000-2000", "21000"):
+        monkeypatch.setenv("FIGMENT_PORTS", wrong)
+        with pytest.raises(StackError, match=f"FIGMENT_PORTS is '{wrong}'; it names the first and the last port"):
+            free_ports(["a"])
