@@ -86,7 +86,7 @@ def enlarged(settings: Settings, folder: Path) -> Path:
     classes: dict[str, list[bytes]] = defaultdict(list)
     for image in read_images(source, "imagenet-train"):
         if isinstance(image, EncodedImage):
-            data = image.data if settings.side is None else jpeg_of_side(image.data, settings.side)
+            data = bytes(image.data) if settings.side is None else jpeg_of_side(bytes(image.data), settings.side)
             classes[image.member.partition(".tar/")[0]].append(data)
     copies = -(-settings.images // sum(map(len, classes.values())))
     unfinished = path.with_suffix(".unfinished")
@@ -234,7 +234,9 @@ def main() -> None:
     settings = tyro.cli(Settings, prog="python -m benchmarks.ingest")
     with _scratch(settings.scratch) as folder:
         archive = enlarged(settings, folder)
-        all_files = [i.data for i in read_images(_source(archive), "imagenet-train") if isinstance(i, EncodedImage)]
+        all_files = [
+            bytes(i.data) for i in read_images(_source(archive), "imagenet-train") if isinstance(i, EncodedImage)
+        ]
         files = all_files[:: -(-len(all_files) // settings.bare_images)]
         about = {
             "benchmark": "ingest",
