@@ -7,9 +7,9 @@ for the images of ImageNet have a shorter side of about 375 pixels. The larger a
 For each size, in alternating repetitions on the same files, on an otherwise idle machine:
 
 - `ingest`: the whole pipeline from the archive to shards in a folder; Ray runs already, with its workers;
-- `bare`: a loop in one process over every n-th of these files, which lie in memory: decode, crop, resize, with the same
-  reduced decoding of large JPEGs as the ingest has. `bare_full` decodes them whole, `bare_encoded` also encodes as the
-  shards are encoded;
+- `bare`: a loop of Pillow in one process over every n-th of these files, in memory: decode, crop, resize, with
+  the same reduced decoding of large JPEGs as the ingest has, which resizes by torch. `bare_full` decodes them whole,
+  `bare_encoded` also encodes as the shards are encoded;
 - `reader`: the archive read and its images counted, by the driver alone.
 
 The ratios are images/s of the ingest ÷ (cores × images/s of a loop), medians over the repetitions. `cpu_us` is what is

@@ -18,7 +18,8 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pickle import PickleBuffer
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,15 @@ class Row:
     image: bytes
     label: int
     sums: tuple[int, ...]  # of the pixel values of each channel, for the data set's mean
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        """Its bytes leave a worker without a copy of them in between. They are copied where they arrive: a row that
+        still lay in what the worker sent would keep all of that from being deleted."""
+        return _row, (PickleBuffer(self.image), self.label, self.sums)
+
+
+def _row(image: bytes | memoryview, label: int, sums: tuple[int, ...]) -> Row:
+    return Row(bytes(image), label, sums)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_resizing_is_the_bicubic_filter_of_pillow(channels: int, height: int, wi
         wanted = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in square]
         assert np.abs(got - wanted).max() <= (0 if width == 2001 else 1)
         assert row.sums == tuple(got.sum(axis=(1, 2)))
+
+
+def test_images_travel_beside_what_is_pickled_and_rows_keep_nothing_of_it() -> None:
+    for item in (EncodedImage("train", b"x" * 1000, 3, "a"), Row(b"x" * 1000, 3, (1, 2, 3))):
+        beside: list[pickle.PickleBuffer] = []
+        packed = pickle.dumps(item, 5, buffer_callback=beside.append)
+        assert len(packed) < 1000 and len(beside) == 1
+        memory = bytearray(beside[0])
+        back = pickle.loads(packed, buffers=[memory])
+        assert back == item == pickle.loads(pickle.dumps(item, 5))
+        memory[:] = bytes(1000)
+        assert (back == item) == isinstance(item, Row)
 
 
 RESIZE = """
