@@ -136,7 +136,7 @@ def measure_reduced(files: list[bytes], size: int, repetitions: int) -> dict[str
 
 def load(settings: Settings) -> list[bytes]:
     source = Source(*open_source(settings.archive), name=settings.archive)
-    images = (i.data for i in read_images(source, "imagenet-train") if isinstance(i, EncodedImage))
+    images = (bytes(i.data) for i in read_images(source, "imagenet-train") if isinstance(i, EncodedImage))
     files = list(islice(images, settings.images))
     return files if settings.side is None else [jpeg_of_side(data, settings.side) for data in files]
 

@@ -7,9 +7,9 @@ for the images of ImageNet have a shorter side of about 375 pixels. The larger a
 For each size, in alternating repetitions on the same files, on an otherwise idle machine:
 
 - `ingest`: the whole pipeline from the archive to shards in a folder; Ray runs already, with its workers;
-- `bare`: a loop in one process over every n-th of these files, which lie in memory: decode, crop, resize, with the same
-  reduced decoding of large JPEGs as the ingest has. `bare_full` decodes them whole, `bare_encoded` also encodes as the
-  shards are encoded;
+- `bare`: a loop of Pillow in one process over every n-th of these files, in memory: decode, crop, resize, with
+  the same reduced decoding of large JPEGs as the ingest has, which resizes by torch. `bare_full` decodes them whole,
+  `bare_encoded` also encodes as the shards are encoded;
 - `reader`: the archive read and its images counted, by the driver alone.
 
 The ratios are images/s of the ingest ÷ (cores × images/s of a loop), medians over the repetitions. `cpu_us` is what is
@@ -86,7 +86,7 @@ def enlarged(settings: Settings, folder: Path) -> Path:
     classes: dict[str, list[bytes]] = defaultdict(list)
     for image in read_images(source, "imagenet-train"):
         if isinstance(image, EncodedImage):
-            data = image.data if settings.side is None else jpeg_of_side(image.data, settings.side)
+            data = bytes(image.data) if settings.side is None else jpeg_of_side(bytes(image.data), settings.side)
             classes[image.member.partition(".tar/")[0]].append(data)
     copies = -(-settings.images // sum(map(len, classes.values())))
     unfinished = path.with_suffix(".unfinished")
@@ -234,7 +234,9 @@ def main() -> None:
     settings = tyro.cli(Settings, prog="python -m benchmarks.ingest")
     with _scratch(settings.scratch) as folder:
         archive = enlarged(settings, folder)
-        all_files = [i.data for i in read_images(_source(archive), "imagenet-train") if isinstance(i, EncodedImage)]
+        all_files = [
+            bytes(i.data) for i in read_images(_source(archive), "imagenet-train") if isinstance(i, EncodedImage)
+        ]
         files = all_files[:: -(-len(all_files) // settings.bare_images)]
         about = {
             "benchmark": "ingest",

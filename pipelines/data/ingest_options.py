@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Literal, get_args
 
 import numpy as np
@@ -26,7 +27,7 @@ SHARD_ROWS = range(16, 4097)
 HELD_BYTES = 600_000_000  # of stored images, that the driver holds in open shards and in those being written
 WRITERS = 2  # shards being written at once; one more may wait for its turn
 BYTES_A_VALUE = {"raw": 1.0, "png": 0.6, "jpeg": 0.2, "webp": 0.5}  # of photographs, for the number of rows a shard
-REVISION = 3  # counts the changes to this pipeline that change the shards it makes
+REVISION = 4  # counts the changes to this pipeline that change the shards it makes
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
     body = {
         "revision": REVISION,
         "pillow": PIL.__version__,
+        "torch": version("torch"),
         "source": source.name,
         "files": files,
         "limits": asdict(source.limits),

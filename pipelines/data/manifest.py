@@ -13,7 +13,7 @@ stored bytes and labels of its rows, in their order and as they are divided into
 - the images, their labels, and the order in which the source has them: members of an archive as they lie in it (a tar
   of the same files packed in another order is another version, its labels are the same), files of folders by name;
 - size, encoding, rows a shard, the number of open shards that mix the rows, and which images were left out as bad;
-- a release of Pillow that decodes, resizes or encodes to other bytes.
+- a release of Pillow that decodes or encodes to other bytes, or of torch that resizes to others.
 
 It does not change with name, url, compression or times of the source, with when, where and on how many machines it was
 ingested, with interruptions, or with the release of Arrow that wrote the Parquet files.

@@ -91,7 +91,8 @@ def pack(fs: pafs.FileSystem, root: str, prepared: Sequence[Row | Bad], encoding
         width = len(rows[0].image)
         column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(images)])
     else:
-        column = pa.array([row.image for row in rows], pa.binary())
+        ends = np.cumsum([0, *(len(row.image) for row in rows)]).astype("<i4")
+        column = pa.BinaryArray.from_buffers(pa.binary(), len(rows), [None, pa.py_buffer(ends), pa.py_buffer(images)])
     data = _parquet(pa.table({"image": column, "label": pa.array(labels, pa.int32())}))
     path = f"shards/{content.hexdigest()[:16]}.parquet"
     there = _already_there(fs, f"{root}/{path}", content.hexdigest())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -60,6 +62,66 @@ def test_shrinking_averages_and_does_not_alias() -> None:
     assert np.abs(got - 127.5).max() < 8
 
 
+@pytest.mark.parametrize(
+    ("channels", "height", "width"),
+    [(1, 28, 28), (3, 32, 32), (1, 90, 201), (3, 301, 200), (3, 2000, 2000), (3, 250, 16_000), (3, 2000, 2001)],
+)
+def test_resizing_is_the_bicubic_filter_of_pillow(channels: int, height: int, width: int) -> None:
+    """The last of them is so large that Pillow resizes it."""
+    noise = np.random.default_rng(0).integers(0, 256, (channels, height, width), np.uint8)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = noise[:, top : top + side, left : left + side]
+    for size in (16, 65):
+        (row,) = prepare([RawImage("train", noise, 0, "noise")], size, "raw")
+        assert isinstance(row, Row)
+        got = np.frombuffer(row.image, np.uint8).reshape(channels, size, size).astype(int)
+        wanted = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in square]
+        assert np.abs(got - wanted).max() <= (0 if width == 2001 else 1)
+        assert row.sums == tuple(got.sum(axis=(1, 2)))
+
+
+def test_images_travel_beside_what_is_pickled_and_rows_keep_nothing_of_it() -> None:
+    for item in (EncodedImage("train", b"x" * 1000, 3, "a"), Row(b"x" * 1000, 3, (1, 2, 3))):
+        beside: list[pickle.PickleBuffer] = []
+        packed = pickle.dumps(item, 5, buffer_callback=beside.append)
+        assert len(packed) < 1000 and len(beside) == 1
+        memory = bytearray(beside[0])
+        back = pickle.loads(packed, buffers=[memory])
+        assert back == item == pickle.loads(pickle.dumps(item, 5))
+        memory[:] = bytes(1000)
+        assert (back == item) == isinstance(item, Row)
+
+
+RESIZE = """
+import hashlib, sys
+from pathlib import Path
+from pipelines.data.images import prepare
+from pipelines.data.sources_io import EncodedImage
+files = [EncodedImage("train", Path(path).read_bytes(), 0, path) for path in sys.argv[1:]]
+print(hashlib.sha256(b"".join(row.image for row in prepare(files, 40, "raw"))).hexdigest())
+"""
+
+
+def test_every_processor_resizes_to_the_same_bytes(tmp_path: Path) -> None:
+    """The shards' names depend on it. Torch has one code for processors with AVX2, and one for all others."""
+    files = [tmp_path / str(k) for k in range(8)]
+    for k, path in enumerate(files):
+        path.write_bytes(picture(k, 150 + 31 * k, 201 - 13 * k, mode="L" if k == 5 else "RGB"))
+    other = {"ATEN_CPU_CAPABILITY": "default", "PILLOW_BLOCK_SIZE": "16k"}  # and Pillow gives its memory in pieces
+    said = subprocess.run(
+        [sys.executable, "-c", RESIZE, *map(str, files)],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | other,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    rows = prepare([EncodedImage("train", path.read_bytes(), 0, "") for path in files], 40, "raw")
+    assert said.stdout.strip() == hashlib.sha256(b"".join(r.image for r in rows if isinstance(r, Row))).hexdigest()
+
+
 def test_a_jpeg_is_reduced_to_no_less_than_twice_the_size() -> None:
     """Of noise every reduction leaves a trace."""
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
@@ -71,7 +133,7 @@ def test_a_jpeg_is_reduced_to_no_less_than_twice_the_size() -> None:
 
 
 def test_a_large_jpeg_is_the_same_picture_through_its_dct() -> None:
-    data = picture(5, 600, 500)
+    data = picture(5, 624, 512)
     fast = pixels(data)
     exact = pixels(saved(Image.open(io.BytesIO(data)), "PNG"))  # no such short cut for PNG
     assert np.abs(fast - exact).mean() < 1.0
