@@ -5,86 +5,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
-import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from pyarrow import fs as pafs
 
 from infra.storage import open_storage
-from jobs.ingest import main
 from pipelines.data.manifest import load_manifest, versions
-from pipelines.errors import FigmentError
 from pipelines.objects import read_object, write_object
+from tests.jobs.conftest import Shell, command, invisible, one_sentence
 from tests.pipelines.data import archives
-from tests.pipelines.data.archives import picture, random_images
+from tests.pipelines.data.archives import random_images
 
 TRAIN, TEST = random_images(60, seed=1), random_images(20, seed=2)
 ROOT = Path(__file__).parents[2]
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "jobs.ingest", *map(str, arguments)]
-
-
-@dataclass
-class Shell:
-    """Runs the job with its arguments and exit code as a shell would, but in this process, which has its imports."""
-
-    capsys: pytest.CaptureFixture[str]
-    monkeypatch: pytest.MonkeyPatch
-
-    def run(self, *arguments: str | Path, **env: str) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr)."""
-        self.capsys.readouterr()
-        code = 0
-        with self.monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["jobs.ingest", *map(str, arguments)])
-            for name, value in env.items():
-                patch.setenv(name, value)
-            try:
-                main()
-            except SystemExit as end:
-                assert isinstance(end.code, int)
-                code = end.code
-        return code, *self.capsys.readouterr()
-
-    def succeed(self, *arguments: str | Path, **env: str) -> str:
-        code, out, err = self.run(*arguments, **env)
-        assert code == 0, err
-        return out
-
-    def fail(self, *arguments: str | Path, **env: str) -> str:
-        """The one sentence on stderr."""
-        code, out, err = self.run(*arguments, **env)
-        assert code == 2, out + err
-        return one_sentence(err)
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
-    return Shell(capsys, monkeypatch)
-
-
-def one_sentence(err: str) -> str:
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
-    return err
-
-
-def invisible(fs: pafs.FileSystem, name: str) -> bool:
-    with pytest.raises(FigmentError, match="no complete data set"):
-        load_manifest(fs, name)
-    return True
 
 
 @pytest.fixture
@@ -206,6 +146,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, cifar: Path, shell: Shell) ->
 AT_ONCE = """
 import os, sys
 from jobs.ingest import main
+from tests.jobs.conftest import Shell, command, invisible, one_sentence
 
 children = []
 for arguments in sys.argv[1:]:
@@ -248,93 +189,3 @@ def test_two_at_once_both_end_well(tmp_path: Path, kind: str, request: pytest.Fi
         for shard in (shard for shards in manifest.splits.values() for shard in shards):
             data = read_object(fs, f"{manifest.root}/{shard.path}")
             assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
-
-
-def heavy(seed: int, side: int) -> bytes:
-    """A PNG that takes some milliseconds to decode; ImageNet too has PNGs that are called JPEG."""
-    return picture(seed, side, side, form="PNG")
-
-
-def test_killed_and_repeated_gives_the_same_version(ray_cluster: str, tmp_path: Path, shell: Shell) -> None:
-    pool = [heavy(i, 400) for i in range(10)]
-    files = {f"n{i:08d}": [pool[(i * 7 + k) % 10] for k in range(60)] for i in range(10)}
-    source = archives.imagenet_train(tmp_path / "ILSVRC2012_img_train.tar", files)
-    options = ["--dataset-name", "k", "--size", "32", "--rows-per-shard", "20", "--mix-shards", "4"]
-    store = tmp_path / "store"
-
-    process = subprocess.Popen(
-        command(source, store, *options),
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray_cluster},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while len(list(store.glob("datasets/k/.ingest-*/*.json"))) < 5:
-            assert process.poll() is None, (
-                f"it ended before it could be killed: {process.stderr and process.stderr.read()!r}"
-            )
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if process.stderr:
-            process.stderr.close()
-    assert invisible(open_storage(str(store)), "k")
-
-    out = shell.succeed(source, store, *options)
-    kept = re.search(r"600 images .* (\d+) of them were kept", out)
-    assert kept and int(kept[1]) >= 5 * 20
-    shell.succeed(source, tmp_path / "other", *options)
-    one, two = (load_manifest(open_storage(str(folder)), "k") for folder in (store, tmp_path / "other"))
-    assert one.version == two.version and one.splits == two.splits and one.channel_mean == two.channel_mean
-    assert not list(store.glob("datasets/k/.ingest-*"))
-
-
-OWN_MEMORY = """
-import re, sys, threading, time
-from jobs.ingest import main
-
-peak = 0
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]))
-        time.sleep(0.01)
-
-threading.Thread(target=watch, daemon=True).start()
-once, four_times, *options = sys.argv[1:]
-for source in (once, four_times):
-    peak = 0
-    sys.argv[1:] = [source, *options]
-    main()
-    print("peak", peak / 1024)
-"""
-"""Prints the peaks of the process's own memory in MiB, without the pages of Ray's object store, which has a fixed size.
-Not asked is getrusage: on Linux a child inherits its ru_maxrss from its parent."""
-
-
-def test_memory_does_not_grow_with_the_archive(ray_cluster: str, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    noise = [rng.bytes(300_000) for _ in range(4)]
-
-    def archive(name: str, images: int) -> Path:
-        files = {f"n{i:08d}": [picture(i) + noise[k % 4] for k in range(50)] for i in range(images // 50)}
-        return archives.imagenet_train(tmp_path / f"{name}.tar", files)
-
-    sources = [archive("once", 250), archive("four-times", 1000)]  # 75 and 300 MB
-    options = ["--dataset-name", "m", "--size", "32", "--rows-per-shard", "25", "--mix-shards", "4"]
-    done = subprocess.run(
-        [sys.executable, "-c", OWN_MEMORY, *map(str, sources), str(tmp_path / "store"), *options],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray_cluster},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    once, four_times = map(float, re.findall(r"^peak ([\d.]+)$", done.stdout, re.MULTILINE))
-    assert four_times <= 1.3 * once, f"{once:.0f} MiB, {four_times:.0f} MiB"
