@@ -83,7 +83,11 @@ def main(known: Mapping[str, Known] = KNOWN) -> None:
 
 
 def run(job: IngestJob, known: Mapping[str, Known] = KNOWN) -> None:
-    by_name = _known(job, known)
+    carry_out(job, _known(job, known))
+
+
+def carry_out(job: IngestJob, by_name: Known | None, called: str | None = None) -> None:
+    """The job of a data set known `by_name`, else of its source, which the manifest is told to be `called` so."""
     options = IngestOptions(
         dataset_name=job.dataset_name or (by_name.name if by_name else ""),
         format=by_name.format if by_name else job.format,
@@ -97,7 +101,7 @@ def run(job: IngestJob, known: Mapping[str, Known] = KNOWN) -> None:
     if dest is None:
         raise FigmentError("no storage to write to: name it after the source (s3://bucket/prefix) or set FIGMENT_STORE")
     limits = Limits(job.max_file_mb * 10**6, job.max_megapixels * 10**6, job.max_ratio)
-    source = by_name.source(cache_folder(), limits) if by_name else _source(job, limits)
+    source = by_name.source(cache_folder(), limits) if by_name else _source(job, limits, called)
     if job.dry_run:
         layout = by_name.layout(options) if by_name else _layout(source, options)
         _print_plan(source, layout, options, dest, _download_plan(by_name) if by_name else "")
@@ -172,9 +176,9 @@ def _layout(source: Source, options: IngestOptions) -> Layout:
     return layout
 
 
-def _source(job: IngestJob, limits: Limits) -> Source:
+def _source(job: IngestJob, limits: Limits, called: str | None) -> Source:
     fs, path = open_source(job.source)
-    name = redact(job.source) if "://" in job.source else path
+    name = called or (redact(job.source) if "://" in job.source else path)
     if job.val_labels is None:
         return Source(fs, path, name, limits=limits)
     labels_fs, labels_path = open_source(job.val_labels)

@@ -23,10 +23,10 @@ from pyarrow import fs as pafs
 from infra.conditional import open_conditional
 from infra.storage import default_store, open_storage
 from jobs.entry import CODE, USER_ERROR, code_revision, connect_ray, run_job
-from jobs.ingest import IngestJob
-from jobs.ingest import run as ingest
+from jobs.ingest import IngestJob, carry_out
 from jobs.recipes import listing
 from pipelines.config import RunSpec
+from pipelines.data.known import KNOWN
 from pipelines.data.manifest import NoDataSetError, versions
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object
@@ -129,24 +129,20 @@ def bring_data(dataset: str, recipe: Recipe, fs: pafs.FileSystem, store: str) ->
         )
     match recipe.origin:
         case Shipped(path):
-            ingest_from(str(CODE / path), name, store)
-        case Downloaded(known):
-            ingest_from(known, name, store)
+            carry_out(IngestJob(str(CODE / path), store, dataset_name=name), None, called=path)
+        case Downloaded(known):  # also where a folder of that name lies here, which `jobs.ingest` would take
+            carry_out(IngestJob(known, store, dataset_name=name), KNOWN[known])
         case Generated(script):
             with tempfile.TemporaryDirectory(prefix=f"figment-{name}-") as folder:
                 made = subprocess.run([sys.executable, str(CODE / script), folder], check=False)
                 if made.returncode:
                     raise FigmentError(f"{script}, which makes data set {name!r}, ended with code {made.returncode}")
-                ingest_from(folder, name, store)
-        case Fetched(what, ingest):
+                carry_out(IngestJob(folder, store, dataset_name=name), None, called=script)
+        case Fetched(what, source):
             raise FigmentError(
                 f"data set {name!r} is made of {what}, which only you can fetch:"
-                f" then `python -m jobs.ingest {ingest} --dataset-name {name}`"
+                f" then `python -m jobs.ingest {source} --dataset-name {name}`"
             )
-
-
-def ingest_from(source: str, name: str, store: str) -> None:
-    ingest(IngestJob(source, store, dataset_name=name))
 
 
 SECTIONS = ("model", "data", "training", "visuals", "cluster")

@@ -43,7 +43,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -95,12 +95,13 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Config, pixels: int) -> None:
         super().__init__()
-        self.hidden = hidden_layers(config, pixels)
+        self.hidden = nn.Linear(pixels, config.hidden)
+        self.deeper = deeper(config)
         self.mu = nn.Linear(config.hidden, config.latent)
         self.log_var = nn.Linear(config.hidden, config.latent)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.hidden(x)
+        h = self.deeper(self.hidden(x))
         return self.mu(h).float(), bounded(self.log_var(h).float())
 
 
@@ -109,11 +110,12 @@ class BernoulliDecoder(nn.Module):
 
     def __init__(self, config: Config, pixels: int) -> None:
         super().__init__()
-        self.hidden = hidden_layers(config, config.latent)
+        self.hidden = nn.Linear(config.latent, config.hidden)
+        self.deeper = deeper(config)
         self.logits = nn.Linear(config.hidden, pixels)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.logits(self.hidden(z)).float()
+        return self.logits(self.deeper(self.hidden(z))).float()
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """x (B, P) of 0 and 1, z (K, B, D) -> log p(x|z), nats, (K, B)."""
@@ -129,12 +131,13 @@ class GaussianDecoder(nn.Module):
 
     def __init__(self, config: Config, pixels: int) -> None:
         super().__init__()
-        self.hidden = hidden_layers(config, config.latent)
+        self.hidden = nn.Linear(config.latent, config.hidden)
+        self.deeper = deeper(config)
         self.location = nn.Linear(config.hidden, pixels)
         self.log_var = nn.Linear(config.hidden, pixels)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.hidden(z)
+        h = self.deeper(self.hidden(z))
         return self.location(h).float().sigmoid(), bounded(self.log_var(h).float())
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
@@ -147,12 +150,11 @@ class GaussianDecoder(nn.Module):
         return self(z)[0]
 
 
-def hidden_layers(config: Config, inputs: int) -> nn.Sequential:
-    """(…, inputs) -> h (…, hidden)."""
+def deeper(config: Config) -> nn.Sequential:
+    """What follows the first linear map of an encoder or a decoder: its activation, and the further hidden layers."""
     activation = nn.Tanh if config.activation == "tanh" else nn.ReLU
-    sizes = [inputs] + [config.hidden] * config.layers
-    pairs = [(nn.Linear(before, after), activation()) for before, after in pairwise(sizes)]
-    return nn.Sequential(*chain.from_iterable(pairs))
+    further = ((nn.Linear(config.hidden, config.hidden), activation()) for _ in range(config.layers - 1))
+    return nn.Sequential(activation(), *chain.from_iterable(further))
 
 
 def bounded(log_variance: Tensor) -> Tensor:
@@ -270,8 +272,7 @@ class VAE:
             images = self._images(self.decoder.mean(across.flatten(0, 1)))
         else:
             z = self._prior(rows, generator)[:, None, :].repeat(1, steps, 1)
-            first = next(self.decoder.hidden.parameters())
-            order = first.norm(dim=0).argsort(descending=True)
+            order = self.decoder.hidden.weight.norm(dim=0).argsort(descending=True)
             for row in range(rows):
                 z[row, :, order[row % len(order)]] = torch.linspace(-WALK, WALK, steps, device=generator.device)
             images = self._images(self.decoder.mean(z.flatten(0, 1)))

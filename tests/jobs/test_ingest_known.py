@@ -19,6 +19,8 @@ import pytest
 from infra.storage import cache_folder, open_storage
 from jobs.ingest import IngestJob, _DownloadLine, run
 from jobs.submit import overlay
+from jobs.train import bring_data
+from pipelines.config import DataSpec
 from pipelines.data.download import PublishedFile
 from pipelines.data.ingest import ingested
 from pipelines.data.ingest_options import IngestOptions, ingest_key, plan_layout
@@ -27,8 +29,10 @@ from pipelines.data.manifest import load_manifest
 from pipelines.data.sources import FORMATS
 from pipelines.data.sources_io import Limits
 from pipelines.errors import FigmentError
+from pipelines.recipes.recipe import Downloaded, Recipe
 from tests.pipelines.data import archives
 from tests.pipelines.data.archives import random_images
+from tests.pipelines.training.toys import toy_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,3 +231,15 @@ def test_the_key_is_known_before_the_download(tmp_path: Path, web: tuple[str, li
     assert ingested(open_storage(str(tmp_path / "store")), "d", before) is None
     changed = replace(known, files=tuple(replace(file, md5="0" * 32) for file in known.files))
     assert ingest_key(changed.source(tmp_path / "cache", Limits()), options, layout) != before
+
+
+def test_a_recipe_that_names_a_known_data_set_does_not_take_a_folder_of_that_name(
+    tiny: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KNOWN, "tiny", tiny)  # type: ignore[misc]
+    (tmp_path / "here" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = Recipe(lambda: replace(toy_spec("vae"), data=DataSpec("tiny")), Downloaded("tiny"), "2 CPU cores")
+    store = open_storage(str(tmp_path / "store"))
+    bring_data("tiny", recipe, store, str(tmp_path / "store"))
+    assert load_manifest(store, "tiny").rows("train") == 30

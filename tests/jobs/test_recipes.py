@@ -86,6 +86,7 @@ def test_a_recipe_brings_what_the_storage_has_not(
     train.bring_data("toy", _recipe(Generated("make.py")), store, url)
     made = load_manifest(store, "toy")
     assert (made.rows("train"), made.rows("test")) == (3, 3)
+    assert made.source["url"] == "make.py", "not a folder that is gone by now"
     script.write_text("raise SystemExit(3)")
     train.bring_data("toy", _recipe(Generated("make.py")), store, url)
     store.delete_dir("datasets")

@@ -300,7 +300,7 @@ def test_low_rank_binary_data_is_learnt_drawn_and_given_back() -> None:
 def test_a_walk_changes_one_coordinate_from_minus_three_to_three_the_strongest_first() -> None:
     model = learner(Config(latent=3, hidden=8, init_std=0.5), ImageShape(1, 4, 4))
     with torch.no_grad():
-        model.decoder.hidden[0].weight *= torch.tensor([1.0, 9.0, 3.0])
+        model.decoder.hidden.weight *= torch.tensor([1.0, 9.0, 3.0])
     seen: list[Tensor] = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.traverse(4, 5, rng())

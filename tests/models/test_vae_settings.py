@@ -27,6 +27,14 @@ def test_layers_and_activation_are_settings() -> None:
         build(Config(layers=0), ImageShape(1, 2, 2))
 
 
+def test_weights_have_the_names_under_which_checkpoints_and_published_models_hold_them() -> None:
+    model = learner(Config(latent=2, hidden=4), ImageShape(1, 2, 2))
+    layers = {"encoder": ("hidden", "mu", "log_var"), "decoder": ("hidden", "logits")}
+    for name, network in model.networks().items():
+        names = [f"{layer}.{kind}" for layer in layers[name] for kind in ("weight", "bias")]
+        assert list(network.state_dict()) == names
+
+
 def test_adam_steps_on_the_same_loss() -> None:
     """Its first step goes by the sign of the gradient, as Adagrad's does."""
     moved = []
