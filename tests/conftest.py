@@ -11,8 +11,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-# Ray reads these when it is imported, and its workers inherit them.
+# Ray and torch read these when they are imported, and the processes of tests inherit them. One thread each: the threads
+# of several processes wait for one another in turns that cost more than they compute (a toy GAN took 46 s and not 2).
 os.environ.update(
+    OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(32),

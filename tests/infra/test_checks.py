@@ -40,6 +40,7 @@ def test_s3_that_gives_back_other_bytes_does_not_serve(s3):
     assert [i for i in s3.get_file_info(pafs.FileSelector(BUCKET)) if i.base_name.startswith(".probe-")] == []
 
 
+@pytest.mark.servers
 def test_s3_without_its_volumes_answers_and_is_not_up(tmp_path, short_folder):
     # As for some seconds after a restart: the port, and the list of objects, are there before the bytes are.
     ports = free_ports(S3_PORTS, partner=S3_ADMIN_PARTNER)

@@ -64,6 +64,7 @@ def test_help_names_every_option(capsys):
     assert all(option in said for option in ("--store", "--tracking", "--workers", "--min-free-gib"))
 
 
+@pytest.mark.servers
 def test_every_node_is_asked(tmp_path):
     code = (
         "import sys, ray; from ray.cluster_utils import Cluster\n"

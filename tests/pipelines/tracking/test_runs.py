@@ -101,6 +101,7 @@ def test_without_a_server_a_run_keeps_nothing(outbox: tuple[pafs.FileSystem, str
     assert children(*outbox) == []
 
 
+@pytest.mark.servers
 def test_sqlite_needs_no_server(
     tmp_path: Path, outbox: tuple[pafs.FileSystem, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def _weights(fs: pafs.FileSystem) -> bytes:
 
 
 def _back_later(proxy: FaultProxy, what: Callable[[], None]) -> None:
-    threading.Timer(2.0, what).start()
+    threading.Timer(1.0, what).start()
 
 
 FAULTS = {
