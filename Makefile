@@ -45,9 +45,13 @@ status:
 
 # What is wrong with RECIPE or ARGS is said before anything starts.
 train: install
+ifneq ($(filter -h --help,$(ARGS)),)
+	@$(BIN)/python -m jobs.train $(RECIPE) $(ARGS)
+else
 	@$(BIN)/python -m jobs.train $(RECIPE) $(ARGS) --dry-run >/dev/null
 	@$(STACK) up
 	@$(SUBMIT) python -m jobs.train $(RECIPE) --ingest --output '$(OUT)' $(ARGS)
+endif
 
 tables: install
 	@$(BIN)/python -m jobs.recipes --write
@@ -64,7 +68,7 @@ test: install
 # For the inner loop: what needs no server, in under 90 seconds.
 test-fast: install
 	$(BIN)/ruff check .
-	$(BIN)/pytest $(PARALLEL) -m 'not servers' $(ARGS)
+	$(BIN)/pytest $(PARALLEL) --durations 10 -m 'not servers' $(ARGS)
 
 stop:
 	@test ! -x $(BIN)/python || $(STACK) down

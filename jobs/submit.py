@@ -134,7 +134,9 @@ def _submit(entrypoint: str, command: Sequence[str]) -> str:
     name = next((word.removeprefix("jobs.") for word in command if word.startswith("jobs.")), "job")
     job = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     commit = code_revision()  # the cluster may have no repository to ask
-    runtime = json.dumps({"env_vars": {"FIGMENT_REVISION": commit} if commit else {}})
+    cache = os.environ.get("FIGMENT_CACHE")  # the head has the environment of its own start
+    known = {"FIGMENT_REVISION": commit, "FIGMENT_CACHE": cache}
+    runtime = json.dumps({"env_vars": {name: value for name, value in known.items() if value}})
     print(f"$ ray job submit --working-dir . -- {entrypoint}", flush=True)
     submit = [program("ray"), "job", "submit", "--no-wait", "--submission-id", job, "--log-color=false"]
     done = subprocess.run(

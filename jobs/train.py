@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from jobs.ingest import IngestJob, carry_out
 from jobs.recipes import listing
 from pipelines.config import RunSpec
 from pipelines.data.known import KNOWN
-from pipelines.data.manifest import NoDataSetError, versions
+from pipelines.data.manifest import NoDataSetError, load_manifest
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object
 from pipelines.recipes import RECIPES
@@ -64,7 +65,10 @@ def main() -> None:
     if store is None:
         raise FigmentError("no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix")
     fs = open_storage(store)
-    if where.ingest:
+    name = where.name or spec.recipe
+    from pipelines.training.claim import finished
+
+    if where.ingest and finished(fs, name, spec) is None:  # what is complete is shown again without its data
         bring_data(spec.data.dataset, RECIPES[spec.recipe], fs, store)
     connect_ray()
     from pipelines.tracking import Tracking
@@ -76,7 +80,7 @@ def main() -> None:
         outcome = launch(
             spec,
             fs,
-            name=where.name or spec.recipe,
+            name=name,
             tracking=None if uri == "none" else Tracking(uri, where.experiment),
             tags={"recipe": spec.recipe, **_source()},
             say=_say,
@@ -118,10 +122,14 @@ def parse(arguments: list[str]) -> tuple[RunSpec, Where]:
 
 
 def bring_data(dataset: str, recipe: Recipe, fs: pafs.FileSystem, store: str) -> None:
-    """Ingests what `recipe` needs into the storage, unless it has a complete data set of that name already."""
-    name, _, version = dataset.partition("@")
-    if versions(fs, name):
+    """Ingests what `recipe` needs into the storage, unless it has a complete data set of that name already.
+
+    `FigmentError` when that data set cannot be read, or this one cannot be brought.
+    """
+    with suppress(NoDataSetError):
+        load_manifest(fs, dataset)
         return
+    name, _, version = dataset.partition("@")
     if name != recipe().data.dataset or version:
         raise FigmentError(
             f"there is no data set {dataset!r}, and --ingest only brings the recipe's own ({recipe().data.dataset}):"

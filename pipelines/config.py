@@ -127,6 +127,8 @@ class RunSpec:
         }.items():
             if value < 1:
                 raise FigmentError(f"{name} is {value}; it must be at least 1")
+        if not self.data.dataset.partition("@")[0]:
+            raise FigmentError(f"--data.dataset is {self.data.dataset!r}; it must be NAME or NAME@VERSION")
         if self.visuals.frames < 2:
             raise FigmentError(f"--visuals.frames is {self.visuals.frames}; an animation needs at least 2")
         if training.batch_size % cluster.workers:

@@ -28,6 +28,7 @@ from pipelines.errors import FigmentError
 
 CHUNK = 1 << 18
 LONGEST_PAUSE_S = 30.0
+_NUMBER = "[0-9]{1,18}"
 TEMPORARY = (408, 425, 429)  # beside all from 500 on
 
 
@@ -81,6 +82,8 @@ def fetch(
         if is_whole(file, target):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise FigmentError(f"{target} is a folder, where {file.name} is to lie: remove it, or set FIGMENT_CACHE")
         with _alone(target, say) as part:
             if not is_whole(file, target):  # as it is when another process brought it meanwhile
                 _Download(file, part, patience or Patience(), on_progress, say).run()
@@ -101,21 +104,30 @@ def _part(target: Path) -> Path:
 def _alone(target: Path, say: Callable[[str], object]) -> Iterator[FileIO]:
     path = _part(target)
     while True:
-        with path.open("a+b", buffering=0) as part:
+        # Never through a link: what somebody let this name stand for would be overwritten.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        with FileIO(handle, "a+") as part:
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 say(f"another process is downloading {target.name}: waiting for it")
                 fcntl.flock(part, fcntl.LOCK_EX)
             # Whoever had the lock may have renamed or deleted the file that it is a lock on.
-            if not path.exists() or not os.path.samestat(os.fstat(part.fileno()), path.stat()):
+            if not _is_at(part, path):
                 continue
             try:
                 yield part
             finally:
-                if path.exists() and path.stat().st_size == 0:
+                if _is_at(part, path) and os.fstat(part.fileno()).st_size == 0:
                     path.unlink()
             return
+
+
+def _is_at(part: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(part.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 @dataclass
@@ -189,9 +201,10 @@ class _Download:
     def _begin(self, answer: HTTPResponse, asked: int) -> int:
         """The byte at which the answer begins; `part` is emptied when that is 0."""
         length = answer.headers.get("Content-Length", "")
-        whole = int(length) if length.isdigit() else None
+        whole = int(length) if re.fullmatch(_NUMBER, length) else None
         if answer.status == 206:
-            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip())
+            part = answer.headers.get("Content-Range", "").strip()
+            found = re.fullmatch(rf"bytes ({_NUMBER})-{_NUMBER}/({_NUMBER}|\*)", part)
             if found is None or int(found[1]) != asked:
                 self.part.truncate(0)
                 raise _TryAgainError("sent another part than was asked for")
@@ -217,9 +230,11 @@ class _Download:
             if error.code < 400:
                 raise _UrlError("redirects in a circle, or to what is no web address") from error
             kind = _TryAgainError if error.code in TEMPORARY or error.code >= 500 else _UrlError
-            raise kind(f"answers {error.code} {error.reason}".strip()) from error
+            raise kind(f"answers {error.code} {_printable(error.reason)}".strip()) from error
         except (OSError, HTTPException) as error:
             self._failed(error)
+        except ValueError as error:  # in an address, also in one that a server or a proxy setting sends us to
+            raise _UrlError(f"is no address that can be asked, or leads to none ({_printable(error)})") from error
 
     def _read(self, answer: HTTPResponse) -> bytes:
         try:
@@ -234,8 +249,8 @@ class _Download:
         if isinstance(cause, TimeoutError):
             raise _TryAgainError(f"sent nothing for {self.patience.stall_s:g} s") from error
         if isinstance(cause, str):
-            raise _UrlError(f"cannot be asked ({cause})") from error
-        raise _TryAgainError(f"broke off ({' '.join(str(cause).split()) or type(cause).__name__})") from error
+            raise _UrlError(f"cannot be asked ({_printable(cause)})") from error
+        raise _TryAgainError(f"broke off ({_printable(cause) or type(cause).__name__})") from error
 
     def _check(self, in_one_piece: bool) -> None:
         self.part.seek(0)
@@ -246,6 +261,11 @@ class _Download:
         if not in_one_piece:
             raise _TryAgainError(f"continues another file (md5 {got}, published {self.file.md5}), so from its start")
         raise _UrlError(f"has another file: its md5 is {got}, the published one {self.file.md5}")
+
+
+def _printable(what: object) -> str:
+    """In one line, without the control characters that a server may have put in."""
+    return "".join(character for character in " ".join(str(what).split()) if character.isprintable())
 
 
 def _md5(stream: Any) -> str:

@@ -64,7 +64,9 @@ class Known:
             "citation": self.citation,
             "licence": self.licence,
         }
-        return Source(pafs.LocalFileSystem(), str(path), self.name, limits=limits, identity=self.identity, about=about)
+        own = frozenset(file.name for file in self.files)  # not what somebody unpacked beside them
+        here = pafs.LocalFileSystem()
+        return Source(here, str(path), self.name, limits=limits, identity=self.identity, own=own, about=about)
 
 
 def download(

@@ -157,7 +157,8 @@ def idx_pairs(source: Source) -> dict[str, tuple[str, str | None]]:
         found = []
         for kind in ("images-idx3", "labels-idx1"):
             paths = [f"{folder}/{stem}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
-            found.append(next((p for p in paths if source.fs.get_file_info(p).type == pafs.FileType.File), None))
+            own = [p for p in paths if source.own is None or _base(p) in source.own]
+            found.append(next((p for p in own if source.fs.get_file_info(p).type == pafs.FileType.File), None))
         if found[0]:
             pairs[split] = (found[0], found[1])
     return pairs

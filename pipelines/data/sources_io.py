@@ -117,6 +117,7 @@ class Source:
     labels_name: str = ""
     limits: Limits = field(default_factory=Limits)
     identity: str = ""  # of its contents, where it is published; else its files are told apart by size and time
+    own: frozenset[str] | None = None  # names of those in the folder that are its own; None: all
     about: Mapping[str, object] = field(default_factory=dict)  # for the manifest
     bytes_read: int = field(default=0, init=False)
     at: str = field(default="", init=False)  # the member that is being read

@@ -82,6 +82,9 @@ def tar_members(source: Source, stream: Readable, inside: Member | None = None) 
             vars(tar)["members"] = []  # tarfile would remember every member: 1 GB for ImageNet
             if len(tar.pax_headers) > GLOBAL_HEADERS:
                 raise tarfile.ReadError(f"more than {GLOBAL_HEADERS} entries in its global headers")
+            if info.islnk() or info.issym():
+                source.at = outer + info.name
+                raise tarfile.ReadError(_LINK)
             if not info.isfile():
                 continue
             if info.issparse():
@@ -116,6 +119,7 @@ def member_names(source: Source) -> list[str]:
 
 
 _SPARSE = "it has a sparse file, whose size is only claimed; pack it without --sparse"
+_LINK = "it is a link, and what it stands for is elsewhere; pack it with --dereference --hard-dereference"
 _NUMBERS = re.compile(rb"(?P<size>[0-7]{11})[\0 ].{12}(?P<sum>[0-7]{6}\0 )" + tarfile.REGTYPE, re.DOTALL)
 """Size, time, sum and type of a plain file as tar programs write them."""
 

@@ -34,8 +34,15 @@ class Pair:
     def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """[work(rank, *arguments) of each rank]. An error of one is raised; the other may then wait for it for ever, so
         the pair is of no use any more."""
+        try:
+            return self._run(pickle.dumps((work, arguments)))
+        except (EOFError, OSError):  # a worker is gone
+            self.close()
+            raise
+
+    def _run(self, task: bytes) -> list[Any]:
         for end in self._ends:
-            end.send_bytes(pickle.dumps((work, arguments)))
+            end.send_bytes(task)
         results: dict[int, Any] = {}
         while len(results) < WORLD:
             for end in wait([end for rank, end in enumerate(self._ends) if rank not in results]):
@@ -65,7 +72,7 @@ def _serve(rank: int, end: Connection, meeting: str) -> None:
         except EOFError:
             return
         try:
-            answer = (True, work(rank, *arguments))
+            answer = pickle.dumps((True, work(rank, *arguments)))
+            end.send_bytes(answer)
         except BaseException:  # noqa: BLE001 - the test raises it
-            answer = (False, traceback.format_exc())
-        end.send_bytes(pickle.dumps(answer))
+            end.send_bytes(pickle.dumps((False, traceback.format_exc())))
