@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import http.server
 import os
@@ -243,3 +244,19 @@ def test_a_recipe_that_names_a_known_data_set_does_not_take_a_folder_of_that_nam
     store = open_storage(str(tmp_path / "store"))
     bring_data("tiny", recipe, store, str(tmp_path / "store"))
     assert load_manifest(store, "tiny").rows("train") == 30
+
+
+def test_what_lies_unpacked_beside_the_published_files_is_not_read(tiny: Known, tmp_path: Path) -> None:
+    """The checksums are those of the packed files."""
+    download(tiny, cache_folder())
+    folder = tiny.folder(cache_folder())
+    packed = sorted(folder.glob("*.gz"))
+    assert len(packed) == 4
+    for path in packed:
+        plain = bytearray(gzip.decompress(path.read_bytes()))
+        plain[-1] ^= 1
+        path.with_suffix("").write_bytes(plain)
+    run(IngestJob("tiny", str(tmp_path / "store")), {"tiny": tiny})
+    run(IngestJob(str(tmp_path / "web"), str(tmp_path / "store"), dataset_name="published"))
+    fs = open_storage(str(tmp_path / "store"))
+    assert load_manifest(fs, "tiny").version == load_manifest(fs, "published").version

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from pyarrow import fs as pafs
 
-from jobs import train
+from jobs import recipes, train
 from jobs.entry import CODE
 from jobs.recipes import documents, listing
 from models import MODELS, name_of
 from pipelines.data.known import KNOWN
 from pipelines.data.manifest import load_manifest
 from pipelines.errors import FigmentError
+from pipelines.objects import write_json
 from pipelines.recipes import FAMILIES, RECIPES
 from pipelines.recipes.recipe import Downloaded, Generated, Recipe, Shipped
+from pipelines.training.reporter import Outcome
 from tests.pipelines.training.toys import toy_spec
 
 
@@ -56,8 +61,8 @@ def test_a_recipe_is_known_by_its_own_name_and_says_what_it_is(name: str) -> Non
 def test_the_list_names_every_recipe_under_its_family_with_data_and_time() -> None:
     blocks = listing().split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == [f"{family}:" for family in FAMILIES]
-    for block, recipes in zip(blocks, FAMILIES.values(), strict=True):
-        for name, recipe in recipes.items():
+    for block, family in zip(blocks, FAMILIES.values(), strict=True):
+        for name, recipe in family.items():
             assert f"  {name} " in block
             assert f"data {recipe().data.dataset}, " in block and recipe.takes in block
 
@@ -103,3 +108,70 @@ def test_data_that_only_the_user_can_fetch_are_named_with_the_command(store: paf
 def test_data_that_are_not_the_recipes_own_are_not_brought(dataset: str, store: pafs.FileSystem) -> None:
     with pytest.raises(FigmentError, match=rf"no data set '{dataset}', and --ingest only brings the recipe's own"):
         train.bring_data(dataset, _recipe(Downloaded("mnist")), store, "/nowhere")
+
+
+def _shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    (tmp_path / "make.py").write_text(MAKES_IDX_FILES)
+    (tmp_path / "data").mkdir()
+    subprocess.run([sys.executable, str(tmp_path / "make.py"), str(tmp_path / "data")], check=True)
+    monkeypatch.setattr(train, "CODE", tmp_path)
+    return _recipe(Shipped("data"))
+
+
+def test_a_version_that_is_there_is_taken_and_one_that_is_not_is_named(
+    store: pafs.FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, url = _shipped(tmp_path, monkeypatch), str(tmp_path / "store")
+    train.bring_data("toy", recipe, store, url)
+    made = load_manifest(store, "toy")
+    assert made.source["url"] == "data", "as the recipe names it, wherever this copy of the code lies"
+    train.bring_data(f"toy@{made.version}", recipe, store, url)
+    with pytest.raises(FigmentError, match="no data set 'toy@0123'"):
+        train.bring_data("toy@0123", recipe, store, url)
+
+
+def test_data_that_cannot_be_read_are_not_ingested_again(
+    store: pafs.FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _shipped(tmp_path, monkeypatch)
+    write_json(store, "datasets/toy/abcdef012345/manifest.json", {"format": "figment-dataset-9"})
+    with pytest.raises(FigmentError, match="has format 'figment-dataset-9'"):
+        train.bring_data("toy", recipe, store, str(tmp_path / "store"))
+
+
+def test_a_finished_run_is_shown_again_without_its_data(
+    store: pafs.FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of this recipe could not even be brought."""
+    spec = RECIPES["dcgan-imagenet64"]()
+    known = {"identity": spec.identity, "dataset": "imagenet64@0123456789ab", "spec": spec.to_dict()}
+    write_json(store, "runs/done/run.json", known)
+    outcome = Outcome("done", spec.training.images, 1.0, 1.0, {}, "", "", "runs/done", [], "samples.png", "a.mp4", None)
+    write_json(store, "runs/done/outcome.json", asdict(outcome))
+    monkeypatch.setattr(train, "connect_ray", lambda: None)
+    monkeypatch.setattr(
+        sys, "argv", ["train", spec.recipe, "--name", "done", "--ingest", "--store", str(tmp_path / "store")]
+    )
+    train.main()
+    assert "run 'done' is complete" in capsys.readouterr().out
+    arguments[3] = "new"
+    with pytest.raises(FigmentError, match="which only you can fetch"):
+        train.main()
+    arguments.remove("--ingest")
+    with pytest.raises(FigmentError, match=r"no complete data set 'imagenet64'.*--ingest brings the data of recipe"):
+        train.main()
+
+
+def test_written_tables_are_what_the_recipes_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("README.md", "models/README.md"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text((CODE / path).read_text().replace("`dcgan-demo`", "`old`"))
+    monkeypatch.setattr(recipes, "CODE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipes", "--write"])
+    recipes.main()
+    for path in ("README.md", "models/README.md"):
+        assert (tmp_path / path).read_text() == (CODE / path).read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text() * 2)
+    with pytest.raises(FigmentError, match="has no place for its table"):
+        recipes.main()

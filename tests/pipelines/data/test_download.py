@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -327,3 +328,55 @@ def test_a_place_that_cannot_be_written_is_a_sentence(web: Web, tmp_path: Path) 
         fetch(published(web.url("/whole")), tmp_path / "file" / "file.bin")
     assert f"cannot be written to {tmp_path}/file (" in str(error.value)
     assert web.asked == []
+
+
+@pytest.mark.parametrize("where", ["http://[::1", "http://[zz]/x", "http://a..b/x", f"http://{'a' * 70}.org/x"])
+def test_a_redirection_to_no_address_leads_to_the_next_url(web: Web, target: Path, where: str) -> None:
+    said = bring(target, web.has("/away", status(302, Location=where)), web.url("/whole"))
+    assert any("/away is no address that can be asked, or leads to none" in line for line in said), said
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "5120\u00b2"])
+def test_a_length_that_is_no_number_says_nothing(web: Web, target: Path, length: str) -> None:
+    bring(target, web.has("/odd", lambda handler: handler.give(200, DATA, Content_Length=length)), web.url("/whole"))
+
+
+def test_a_malformed_url_leads_to_the_next(web: Web, target: Path) -> None:
+    assert "is no address" in bring(target, "http://[zz]/x", web.url("/whole"))[0]
+
+
+def test_what_a_server_says_cannot_steer_a_terminal(web: Web, target: Path) -> None:
+    def answer(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 404 \x1b[2Jgone\r\nContent-Length: 0\r\n\r\n")
+
+    assert "answers 404 [2Jgone" in refused(target, web.has("/esc", answer))
+
+
+def test_a_part_that_is_a_link_is_not_written_through(web: Web, target: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    target.parent.mkdir()
+    part(target).symlink_to(victim)
+    assert "cannot be written" in refused(target, web.url("/whole"))
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_folder_in_the_place_of_the_file_is_named_before_anything_is_asked(web: Web, target: Path) -> None:
+    target.mkdir(parents=True)
+    with pytest.raises(FigmentError, match=r"is a folder, where file.bin is to lie"):
+        fetch(published(web.url("/whole")), target, patience=SOON)
+    assert not web.asked
+
+
+def test_many_that_fail_at_once_all_say_why(web: Web, target: Path) -> None:
+    """Each deletes the empty part that it leaves, perhaps while the next one looks for it."""
+    gone = web.has("/gone", status(404))
+
+    def try_it(_: int) -> str:
+        with pytest.raises(FigmentError) as error:
+            fetch(published(gone), target, patience=SOON)
+        return str(error.value)
+
+    with ThreadPoolExecutor(6) as pool:
+        said = set(pool.map(try_it, range(120)))
+    assert all("answers 404" in line for line in said), said

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from pipelines.data.images import FILE_FORMATS, Bad, Row, open_image, prepare
 from pipelines.data.ingest_options import most_bytes
@@ -364,3 +364,39 @@ def test_no_program_is_started_for_an_eps_file_under_another_name(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "Bad(member='cat.jpg', reason='it is no JPEG" in done.stdout
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(("side", "size"), [(257, 256), (260, 256), (28, 64), (8, 31), (37, 64)])
+def test_hardly_smaller_or_larger_images_differ_by_two_at_most(side: int, size: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1, side, side), np.uint8)
+    (row,) = prepare([RawImage("train", noise, 0, "noise")], size, "raw")
+    assert isinstance(row, Row)
+    wanted = np.asarray(Image.fromarray(noise[0]).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.frombuffer(row.image, np.uint8).reshape(size, size) - wanted).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_say(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    quarters = np.repeat(np.repeat(np.array([[10, 80], [160, 240]], np.uint8), 8, 0), 8, 1)
+    data = saved(Image.fromarray(quarters).convert("RGB"), "PNG", exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).transpose(2, 0, 1)
+    assert (pixels(data, 16) == upright).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_exif_data_that_cannot_be_read_are_no_damage(form: str) -> None:
+    grey = Image.new("RGB", (16, 16), (90, 90, 90))
+    assert np.abs(pixels(saved(grey, form, exif=b"Exif\0\0garbage!"), 16).astype(int) - 90).max() <= 1
+    # Orientation 6, and a camera's name that is a number: to read it is no trouble, to write it again is.
+    tags = struct.pack("<HHHII", 2, 0x112, 3, 1, 6) + struct.pack("<HHII", 0x10F, 3, 1, 7) + bytes(4)
+    odd = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
+    assert pixels(saved(grey, form, exif=odd), 16).shape == (3, 16, 16)
+
+
+def test_the_shorter_side_of_a_jpeg_is_reduced_to_no_less_than_twice_the_size() -> None:
+    """A landscape: its width would allow a reduction that its height does not."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 512, 3), np.uint8)
+    data = saved(Image.fromarray(noise), "JPEG", quality=95)
+    assert (pixels(data, 64) == pixels(saved(Image.open(io.BytesIO(data)), "PNG"), 64)).all()

@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from pipelines.data.images import Bad, Row
 from pipelines.data.packing import Journal, Scatter, check_name, even_parts, pack
 from pipelines.errors import FigmentError
-from pipelines.objects import exists, write_object
+from pipelines.objects import exists, read_object, write_object
 
 
 @settings(deadline=None)
@@ -67,10 +67,13 @@ def test_a_shard_that_is_there_is_not_written_again_and_a_damaged_one_is(store: 
     again, written = pack(store, "datasets/a", rows(), "raw")
     assert again.shard == first and not written
     assert store.get_file_info(path).mtime_ns == before
-    write_object(store, path, b"half a sha")
-    again, written = pack(store, "datasets/a", rows(), "raw")
-    assert again.shard == first and written
-    assert store.get_file_info(path).size == first.bytes
+    whole, other = read_object(store, path), pack(store, "datasets/b", rows(seed=1), "raw")[0].shard
+    assert other is not None
+    for damaged in (b"half a sha", read_object(store, f"datasets/b/{other.path}")):
+        write_object(store, path, damaged)
+        again, written = pack(store, "datasets/a", rows(), "raw")
+        assert again.shard == first and written
+        assert read_object(store, path) == whole
 
 
 def test_the_journal_gives_back_what_is_still_there(store: pafs.FileSystem) -> None:
