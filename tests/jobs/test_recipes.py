@@ -149,9 +149,8 @@ def test_a_finished_run_is_shown_again_without_its_data(
     outcome = Outcome("done", spec.training.images, 1.0, 1.0, {}, "", "", "runs/done", [], "samples.png", "a.mp4", None)
     write_json(store, "runs/done/outcome.json", asdict(outcome))
     monkeypatch.setattr(train, "connect_ray", lambda: None)
-    monkeypatch.setattr(
-        sys, "argv", ["train", spec.recipe, "--name", "done", "--ingest", "--store", str(tmp_path / "store")]
-    )
+    arguments = ["train", spec.recipe, "--name", "done", "--ingest", "--store", str(tmp_path / "store")]
+    monkeypatch.setattr(sys, "argv", arguments)
     train.main()
     assert "run 'done' is complete" in capsys.readouterr().out
     arguments[3] = "new"
