@@ -153,6 +153,8 @@ def mlflow_server(
             f"database_uri = sqlite:///{folder}/auth.db\n"
             f"admin_username = {user}\nadmin_password = {password}\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            # Else every request is answered only after a slow hash of the password: .15 s of a core that trains.
+            "auth_cache_ttl_seconds = 600\n"
         )
         command += ["--app-name", "basic-auth"]
         environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": session_key}

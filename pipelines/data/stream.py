@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
@@ -122,21 +122,33 @@ def training_batches(
     cursor: Cursor,
     rank: int,
     batch_size: int,
+    batches: int | None = None,
     prefetch_batches: int = 4,
 ) -> BatchStream:
-    """Endless full batches of `batch_size` rows for one rank, from `cursor` on, in the order of `training_plan`.
+    """Full batches of `batch_size` rows for one rank, from `cursor` on, in the order of `training_plan`.
 
+    As many as `batches`, so that nothing is read ahead that nobody will take; None: without end.
     Which rows come is a function of (manifest, seed, shuffle_shards, cursor, rank) alone; after n batches every rank's
     state is `cursor.advance(n * batch_size)`. Raises `FigmentError` from `next` when a shard is missing or damaged.
     """
     plan = training_plan(manifest, split, seed=seed, shuffle_shards=shuffle_shards)
     shards = manifest.shards(split)
-    reads = (
+    reads: Iterator[Read] = (
         Read(tuple(shards[s] for s in window.shards), lo, hi, (seed, segment[0], window))
         for segment in rank_segments(plan, cursor, rank)
         for window, lo, hi in plan.cover(segment)
     )
+    if batches is not None:
+        reads = _first_rows(reads, batches * batch_size)
     return _stream(fs, manifest, reads, batch_size, prefetch_batches)
+
+
+def _first_rows(reads: Iterator[Read], rows: int) -> Iterator[Read]:
+    while rows > 0:
+        read = next(reads)
+        read = replace(read, hi=min(read.hi, read.lo + rows))
+        rows -= read.rows
+        yield read
 
 
 def evaluation_batches(

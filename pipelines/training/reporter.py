@@ -62,7 +62,9 @@ class Trained(Protocol):
 
 
 class Reporter:
-    """The silent one, for every worker but the first."""
+    """The silent one, for every worker but the first. The loop begins it once, before anything else but sentences."""
+
+    def begin(self) -> None: ...
 
     def say(self, text: str) -> None: ...
 
@@ -96,7 +98,7 @@ class TrackedReporter(Reporter):
         tags: Mapping[str, str],
         say: Callable[[str], None],
     ) -> None:
-        self._launch, self._say = launch, say
+        self._launch, self._device, self._say = launch, device, say
         spec, manifest, fs = launch.spec, launch.manifest, launch.fs
         self._started = time.perf_counter()
         self._run = open_run(
@@ -121,7 +123,9 @@ class TrackedReporter(Reporter):
             seed=spec.training.seed,
         )
         self._real_from = f"{manifest.name}@{manifest.version}/{spec.data.eval_split}"
-        self._real = self._real_images(device)
+
+    def begin(self) -> None:
+        self._real = self._real_images()
 
     def say(self, text: str) -> None:
         self._say(text)
@@ -223,7 +227,7 @@ class TrackedReporter(Reporter):
         for sentence in sentences:
             self._say(f"  ! {sentence}")
 
-    def _real_images(self, device: torch.device) -> Tensor:
+    def _real_images(self) -> Tensor:
         """uint8 (N, C, H, W): the first images of the evaluation split in stored order, at most `REAL_IMAGES`."""
         data = evaluation_batches(
             self._launch.fs,
@@ -235,7 +239,7 @@ class TrackedReporter(Reporter):
         )
         with closing(data) as batches:
             images, _ = next(batches)
-        return torch.from_numpy(images).to(device)
+        return torch.from_numpy(images).to(self._device)
 
 
 def status_line(metrics: Mapping[str, float], images_seen: int, total: int) -> str:

@@ -6,6 +6,7 @@ own process. Collectives run when there is more than one worker.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
 
@@ -91,8 +92,9 @@ class TrainingLoop:
         spec, training = self.spec, self.spec.training
         rows = training.batch_size // self.place.world_size
         reporter = self.reporter
-        if self.images_seen < training.images:
-            first, started = self.images_seen, time.perf_counter()
+        if self.images_seen >= training.images:
+            reporter.begin()
+        else:
             with closing(
                 training_batches(
                     self.launch.fs,
@@ -103,11 +105,14 @@ class TrainingLoop:
                     cursor=self.cursor,
                     rank=self.place.rank,
                     batch_size=rows,
+                    batches=math.ceil((training.images - self.images_seen) / training.batch_size),
                     prefetch_batches=spec.data.prefetch_batches,
                 )
             ) as batches:
+                reporter.begin()  # while the stream starts
+                first, started = self.images_seen, time.perf_counter()
                 if self.images_seen == 0:
-                    self._draw(-1)  # while the stream starts
+                    self._draw(-1)
                 meter = Meter(self.images_seen)
                 while self.images_seen < training.images:
                     images, labels = next(batches)

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -24,6 +24,7 @@ from pipelines.data import stream
 from pipelines.data.manifest import Manifest
 from pipelines.data.plan import Cursor, rank_segments, training_plan, window_order
 from pipelines.data.stream import BatchStream, evaluation_batches, training_batches
+from pipelines.data.windows import Layout, Read
 from pipelines.errors import FigmentError
 from pipelines.objects import read_object, write_object
 from pipelines.ray_private import object_store_bytes, session_folder
@@ -43,9 +44,24 @@ def short_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BLOCK_BYTES", 200)
 
 
-def train(fs: pafs.FileSystem, manifest: Manifest, cursor: Cursor, rank: int = 0, batch_size: int = 16) -> BatchStream:
+def train(
+    fs: pafs.FileSystem,
+    manifest: Manifest,
+    cursor: Cursor,
+    rank: int = 0,
+    batch_size: int = 16,
+    batches: int | None = None,
+) -> BatchStream:
     return training_batches(
-        fs, manifest, "train", seed=5, shuffle_shards=3, cursor=cursor, rank=rank, batch_size=batch_size
+        fs,
+        manifest,
+        "train",
+        seed=5,
+        shuffle_shards=3,
+        cursor=cursor,
+        rank=rank,
+        batch_size=batch_size,
+        batches=batches,
     )
 
 
@@ -296,6 +312,37 @@ def test_the_keys_of_the_storage_are_not_published(s3_store: Store) -> None:
             text = path.read_text(errors="replace")
             assert secret not in text, path
             assert as_numbers not in text, path
+
+
+@pytest.mark.usefixtures("short_pipelines")
+@pytest.mark.parametrize("batches", [0, 1, 5, 16])
+def test_so_many_batches_are_the_first_of_the_endless_stream_and_nothing_more_is_read(
+    s3_store: Store, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    _, fs = s3_store
+    manifest = write_dataset(fs, "rows", SHARD_ROWS)
+    read: list[int] = []
+    blocks = stream._blocks
+
+    def counted(fs: pafs.FileSystem, layout: Layout, reads: Iterator[Read]) -> Generator[pa.Table, None, None]:
+        def counting() -> Iterator[Read]:
+            for item in reads:
+                read.append(item.rows)
+                yield item
+
+        return blocks(fs, layout, counting())
+
+    cursor = Cursor.start(2).advance(7)
+    with train(fs, manifest, cursor, 1) as endless:
+        straight = [next(endless) for _ in range(batches)]
+    monkeypatch.setattr(stream, "_blocks", counted)
+    with train(fs, manifest, cursor, 1, batches=batches) as few:
+        got = list(few)
+    assert len(got) == batches
+    for (images, labels), (wanted_images, wanted_labels) in zip(got, straight, strict=True):
+        np.testing.assert_array_equal(images, wanted_images)
+        np.testing.assert_array_equal(labels, wanted_labels)
+    assert sum(read) == batches * 16
 
 
 def test_a_batch_size_of_nothing_is_refused(store: pafs.FileSystem) -> None:
