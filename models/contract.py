@@ -10,7 +10,7 @@ Shape legend, here and in every model file: B batch, C channels, H height, W wid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -21,12 +21,26 @@ Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Images of the labelled subset of a run, drawn anew for each step."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One worker's share of one global batch."""
 
     images: Tensor  # uint8 (B, C, H, W), on the learner's device; scaling and dequantisation are the model's own
-    labels: Tensor  # int64 (B,)
+    labels: Tensor  # int64 (B,); in a run with a labelled subset all are UNKNOWN while it trains
     images_seen: int  # the clock: images that all workers together saw before this batch
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # name -> float32 (B, width): what else a row carries
+    labelled: Labelled | None = None  # where the run has a labelled subset
+
+
+UNKNOWN = -1
+"""The label of an image whose label the model must not see."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +74,51 @@ class Learner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a learner asks of its data, refused before anything starts where the data set has it not."""
+
+    classes: int = 0
+    """Labels must lie in 0 … classes - 1; 0: labels are not looked at."""
+    columns: Mapping[str, int] = field(default_factory=dict)
+    """Name -> width of columns without which it cannot work."""
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """Cannot work with any images alone."""
+
+    def needs(self) -> Needs: ...
+
+
 @runtime_checkable
 class Evaluates(Protocol):
     """Has a number on held-out images."""
 
     def evaluate(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         """Named values per image, each (B,), so that a mean over batches of uneven size is exact."""
+        ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """Says which class an image is of."""
+
+    def classify(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> logits (B, K)."""
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """Has figures of a whole held-out set that are no means over its images (the accuracy of a clustering, …)."""
+
+    def encode(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """Named codes of the images, each (B,) or (B, width)."""
+        ...
+
+    def measure(self, codes: Mapping[str, Tensor], labels: Tensor, columns: Mapping[str, Tensor]) -> dict[str, float]:
+        """The same for all held-out images together, on the CPU, in stored order -> figures."""
         ...
 
 
