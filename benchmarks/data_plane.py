@@ -108,7 +108,7 @@ class Worker:
             self.fs, self.manifest, self.settings.split, world_size=1, rank=0, batch_size=self.settings.batch_size
         )
         row = 0
-        for images, labels in batches:
+        for images, labels, _ in batches:
             for image, label in zip(images, labels.tolist(), strict=True):
                 path = folder / str(label) / f"{row}.png"
                 path.parent.mkdir(exist_ok=True)

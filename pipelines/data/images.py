@@ -17,7 +17,7 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pickle import PickleBuffer
 from typing import Any, SupportsIndex
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import Values
 from pipelines.data.sources_io import BadFile, EncodedImage, ImageFile, Limits, RawImage, SourceImage
 from pipelines.errors import FigmentError
 
@@ -68,15 +69,16 @@ class Row:
     image: bytes
     label: int
     sums: tuple[int, ...]  # of the pixel values of each channel, for the data set's mean
+    columns: Values = field(default_factory=dict)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Its bytes leave a worker without a copy of them in between. They are copied where they arrive: a row that
         still lay in what the worker sent would keep all of that from being deleted."""
-        return _row, (PickleBuffer(self.image), self.label, self.sums)
+        return _row, (PickleBuffer(self.image), self.label, self.sums, self.columns)
 
 
-def _row(image: bytes | memoryview, label: int, sums: tuple[int, ...]) -> Row:
-    return Row(bytes(image), label, sums)
+def _row(image: bytes | memoryview, label: int, sums: tuple[int, ...], columns: Values) -> Row:
+    return Row(bytes(image), label, sums, {name: np.array(values) for name, values in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def prepare(
 
 def _as_they_are(images: list[RawImage]) -> list[Row | Bad]:
     sums = np.stack([image.pixels for image in images]).sum(axis=(2, 3), dtype=np.int64).tolist()
-    return [Row(image.pixels.tobytes(), image.label, tuple(s)) for image, s in zip(images, sums, strict=True)]
+    return [
+        Row(image.pixels.tobytes(), image.label, tuple(s), image.columns) for image, s in zip(images, sums, strict=True)
+    ]
 
 
 def _prepare_one(
@@ -161,14 +165,15 @@ def _prepare_one(
                 data = bytes(stream.read())
         except OSError as error:  # no bad image: the source is gone, or may not be read
             raise FigmentError(f"{image.path} cannot be read: {' '.join(str(error).split())}") from error
-        image = EncodedImage(image.split, data, image.label, image.member)
+        image = EncodedImage(image.split, data, image.label, image.member, image.columns)
     try:
         planes = _planes(image, size, limits)
         stored = planes.tobytes() if encoding == "raw" else _encode(_from_pixels(planes), encoding)
     except DAMAGE as error:
         return Bad(image.member, " ".join(str(error).split()) or type(error).__name__)
     wide = np.uint32 if planes[0].size < 2**24 else np.uint64  # 64 bits take up to 4 times as long
-    return Row(stored, image.label, tuple(planes.reshape(len(planes), -1).sum(axis=1, dtype=wide).tolist()))
+    sums = tuple(planes.reshape(len(planes), -1).sum(axis=1, dtype=wide).tolist())
+    return Row(stored, image.label, sums, image.columns)
 
 
 def _planes(image: RawImage | EncodedImage, size: int | None, limits: Limits) -> np.ndarray:

@@ -237,7 +237,7 @@ class _Run:
             yield place, item
 
     def _pack(self, items: Sequence[Row | Bad]) -> Packed:
-        packed, written = pack(self._fs, self._root, items, self._layout.encoding)
+        packed, written = pack(self._fs, self._root, items, self._layout.encoding, self._source.columns)
         self.wrote = self.wrote or written
         return packed
 
@@ -283,6 +283,7 @@ class _Run:
             source=source,
             created_at=datetime.now(UTC).isoformat(),
             skipped=Skipped(sum(p.skipped for p in everything), members),
+            columns=self._source.columns,
         )
 
 

@@ -5,13 +5,16 @@
 
 Shards are named after their content, so versions share what they have in common and a repeated ingest writes nothing
 twice. A shard has two columns: `image` and `label` (int32, an index into `label_names`; -1 when unlabelled). With
-`encoding` "raw" an image is fixed-size binary, C*H*W bytes in (C, H, W) order, else binary: one encoded file.
+`encoding` "raw" an image is fixed-size binary, C*H*W bytes in (C, H, W) order, else binary: one encoded file. Behind
+them come the data set's own columns (`columns.py`), lists of numbers that the manifest describes.
 
-VERSION is the first 12 hex digits of the content hash: of image shape, encoding, label names, and for each split the
-stored bytes and labels of its rows, in their order and as they are divided into shards. So it changes with
+VERSION is the first 12 hex digits of the content hash: of image shape, encoding, label names, columns where there are
+some, and for each split the stored bytes, labels and columns of its rows, in their order and as they are divided into
+shards. So it changes with
 
-- the images, their labels, and the order in which the source has them: members of an archive as they lie in it (a tar
-  of the same files packed in another order is another version, its labels are the same), files of folders by name;
+- the images, their labels and columns, and the order in which the source has them: members of an archive as they lie
+  in it (a tar of the same files packed in another order is another version, its labels are the same), files of folders
+  by name;
 - size, encoding, rows a shard, the number of open shards that mix the rows, and which images were left out as bad;
 - a release of Pillow that decodes or encodes to other bytes, or of torch that resizes to others.
 
@@ -29,6 +32,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import Column, check_described
 from pipelines.errors import FigmentError
 from pipelines.objects import children, exists, read_object, write_json
 
@@ -47,7 +51,7 @@ class Shard:
     rows: int
     bytes: int  # size of the file
     sha256: str  # of the file: what the stream verifies
-    content_sha256: str  # of the image bytes and labels: what the version is named after, whatever wrote the file
+    content_sha256: str  # of images, labels, columns: what the version is named after, whatever wrote the file
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Manifest:
     source: dict[str, Any]  # what was read: url, format, and what its citation is
     created_at: str  # ISO 8601, UTC
     skipped: Skipped = field(default_factory=Skipped)
+    columns: tuple[Column, ...] = ()  # that every row has beside its label
 
     def rows(self, split: str) -> int:
         return sum(shard.rows for shard in self.shards(split))
@@ -83,7 +88,7 @@ class Manifest:
     @property
     def content_hash(self) -> str:
         """sha256 over what a reader of the data set can see: shape, encoding, labels and every row, in order."""
-        body = {
+        body: dict[str, Any] = {
             "format": FORMAT,
             "image_shape": self.image_shape,
             "encoding": self.encoding,
@@ -92,6 +97,8 @@ class Manifest:
                 split: [(s.rows, s.content_sha256) for s in shards] for split, shards in sorted(self.splits.items())
             },
         }
+        if self.columns:  # else the hash is what it was before there were any
+            body["columns"] = [asdict(column) for column in self.columns]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -111,6 +118,8 @@ class Manifest:
 def save_manifest(fs: pafs.FileSystem, manifest: Manifest) -> str:
     """Makes the data set version visible; returns its folder."""
     body = {"format": FORMAT, "version": manifest.version, "content_hash": manifest.content_hash, **asdict(manifest)}
+    if not manifest.columns:
+        del body["columns"]
     write_json(fs, f"{manifest.folder}/manifest.json", body)
     return manifest.folder
 
@@ -188,7 +197,9 @@ def _parse(data: bytes, path: str) -> Manifest:
             source=body["source"],
             created_at=body["created_at"],
             skipped=Skipped(body["skipped"]["count"], tuple(body["skipped"]["members"])),
+            columns=tuple(Column(c["name"], tuple(c["entries"]), c["dtype"]) for c in body.get("columns", ())),
         )
+        check_described(manifest.columns)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FigmentError(f"{path} is not a readable manifest ({error!r}); ingest the data set again") from error
     if manifest.content_hash != body["content_hash"]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import Column, ColumnError
 from pipelines.data.images import Bad, Row
 from pipelines.data.manifest import DATASETS, Shard
 from pipelines.errors import FigmentError
@@ -72,7 +73,9 @@ class Packed:
     skipped_members: tuple[str, ...] = ()  # the first SKIPPED_SHOWN, with the reason
 
 
-def pack(fs: pafs.FileSystem, root: str, prepared: Sequence[Row | Bad], encoding: str) -> tuple[Packed, bool]:
+def pack(
+    fs: pafs.FileSystem, root: str, prepared: Sequence[Row | Bad], encoding: str, columns: Sequence[Column] = ()
+) -> tuple[Packed, bool]:
     """The rows among `prepared`, in their order, as one shard under `root`; also whether it had to be written.
 
     One row group, plain encoding, no compression: the reader gets each column as one contiguous block. Pixels do not
@@ -85,23 +88,36 @@ def pack(fs: pafs.FileSystem, root: str, prepared: Sequence[Row | Bad], encoding
         return Packed(None, **left_out), False
     images = b"".join(row.image for row in rows)
     labels = np.array([row.label for row in rows], "<i4")
-    content = hashlib.sha256(images)
-    content.update(labels.tobytes())
+    numbers = [column.stack([row.columns[column.name] for row in rows]) for column in columns]
+    content = _content(images, labels, columns, numbers)
     if encoding == "raw":
         width = len(rows[0].image)
-        column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(images)])
+        stored = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(images)])
     else:
         ends = np.cumsum([0, *(len(row.image) for row in rows)]).astype("<i4")
-        column = pa.BinaryArray.from_buffers(pa.binary(), len(rows), [None, pa.py_buffer(ends), pa.py_buffer(images)])
-    data = _parquet(pa.table({"image": column, "label": pa.array(labels, pa.int32())}))
-    path = f"shards/{content.hexdigest()[:16]}.parquet"
-    there = _already_there(fs, f"{root}/{path}", content.hexdigest())
+        stored = pa.BinaryArray.from_buffers(pa.binary(), len(rows), [None, pa.py_buffer(ends), pa.py_buffer(images)])
+    table = pa.table({"image": stored, "label": pa.array(labels, pa.int32())})
+    for column, values in zip(columns, numbers, strict=True):
+        table = table.append_column(pa.field(column.name, column.stored, nullable=False), column.as_list(values))
+    data = _parquet(table)
+    path = f"shards/{content[:16]}.parquet"
+    there = _already_there(fs, f"{root}/{path}", content, columns)
     if there is None:
         write_object(fs, f"{root}/{path}", data)
     kept = there if there is not None else data
-    shard = Shard(path, len(rows), len(kept), hashlib.sha256(kept).hexdigest(), content.hexdigest())
+    shard = Shard(path, len(rows), len(kept), hashlib.sha256(kept).hexdigest(), content)
     sums = tuple(np.array([row.sums for row in rows]).sum(axis=0).tolist())
     return Packed(shard, sums, **left_out), there is None
+
+
+def _content(images: bytes, labels: np.ndarray, columns: Sequence[Column], numbers: Sequence[np.ndarray]) -> str:
+    """sha256 of what a reader sees of the rows; two columns of the same numbers and other names are not the same."""
+    content = hashlib.sha256(images)
+    content.update(labels.tobytes())
+    for column, values in zip(columns, numbers, strict=True):
+        content.update(f"{column.name} {column.dtype} {column.width}\n".encode())
+        content.update(values.tobytes())
+    return content.hexdigest()
 
 
 def _parquet(table: pa.Table) -> memoryview:
@@ -118,18 +134,18 @@ def _parquet(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def _already_there(fs: pafs.FileSystem, path: str, content_sha256: str) -> bytes | None:
+def _already_there(fs: pafs.FileSystem, path: str, content_sha256: str, columns: Sequence[Column]) -> bytes | None:
     """The file at `path` if it holds these rows, whichever version of the writer made it."""
     if not exists(fs, path):
         return None
     data = read_object(fs, path)
     try:
         table = pq.read_table(pa.BufferReader(data))
-        content = hashlib.sha256(b"".join(table["image"].to_pylist()))
-        content.update(table["label"].to_numpy().astype("<i4").tobytes())
-    except (pa.ArrowException, KeyError, OSError):
+        numbers = [column.numbers(table[column.name]) for column in columns]
+        images, labels = b"".join(table["image"].to_pylist()), table["label"].to_numpy().astype("<i4")
+    except (pa.ArrowException, KeyError, OSError, ColumnError):
         return None  # damaged: it is written anew
-    return data if content.hexdigest() == content_sha256 else None
+    return data if _content(images, labels, columns, numbers) == content_sha256 else None
 
 
 class Journal:

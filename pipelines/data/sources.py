@@ -16,9 +16,10 @@ from itertools import islice
 
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import ColumnError, check_described, check_row
 from pipelines.data.sources_arrays import cifar10_binary, cifar10_python, idx, idx_pairs
 from pipelines.data.sources_files import folders, imagenet_train, imagenet_val
-from pipelines.data.sources_io import Images, Source
+from pipelines.data.sources_io import BadFile, Images, Source, SourceImage
 from pipelines.data.sources_tar import tar_members
 from pipelines.errors import FigmentError
 
@@ -113,8 +114,20 @@ def read_images(source: Source, format_name: str) -> Images:
                 names: tuple[str, ...] = end.value
                 break
         count += 1
+        _check_columns(source, image, first=count == 1)
         yield image
     if not count:
         source.at = ""
         source.refuse(f"has no images that format {format_name!r} would see; is it the right archive?")
     return names
+
+
+def _check_columns(source: Source, image: SourceImage, first: bool) -> None:
+    try:
+        if first:
+            check_described(source.columns)
+        if not isinstance(image, BadFile) and (source.columns or image.columns):
+            check_row(source.columns, image.columns)
+    except ColumnError as error:
+        source.at = image.member
+        source.refuse(str(error))

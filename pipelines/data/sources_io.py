@@ -21,6 +21,7 @@ from typing import IO, NoReturn, Protocol, SupportsIndex, cast
 import numpy as np
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import Column, Values
 from pipelines.errors import FigmentError
 
 UNLABELLED = -1
@@ -58,6 +59,7 @@ class RawImage:
     pixels: np.ndarray  # uint8 (C, H, W)
     label: int
     member: str  # where it came from, for messages
+    columns: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ class EncodedImage:
     data: bytes | memoryview
     label: int
     member: str
+    columns: Values = field(default_factory=dict)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Its bytes go to a worker's memory as they are, without two copies of them on the way."""
-        return EncodedImage, (self.split, PickleBuffer(self.data), self.label, self.member)
+        return EncodedImage, (self.split, PickleBuffer(self.data), self.label, self.member, self.columns)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class ImageFile:
     path: str  # in the source's filesystem
     label: int
     member: str
+    columns: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class BadFile:
 
 SourceImage = RawImage | EncodedImage | ImageFile | BadFile
 Images = Generator[SourceImage, None, tuple[str, ...]]
-"""What a format is: its images, lazily, and at the end the names of its labels."""
+"""What a format is: its images, lazily, and at the end the names of its labels. One whose images have columns describes
+them in `Source.columns` before it yields the first, for shards are written while it is read."""
 
 
 UNPACK: dict[bytes, Callable[[IO[bytes]], io.BufferedIOBase]] = {
@@ -119,6 +124,7 @@ class Source:
     identity: str = ""  # of its contents, where it is published; else its files are told apart by size and time
     own: frozenset[str] | None = None  # names of those in the folder that are its own; None: all
     about: Mapping[str, object] = field(default_factory=dict)  # for the manifest
+    columns: tuple[Column, ...] = field(default=(), init=False)  # that each of its images has, as its format found
     bytes_read: int = field(default=0, init=False)
     at: str = field(default="", init=False)  # the member that is being read
 

@@ -11,7 +11,6 @@ the next one starts while the last windows of the one before are being consumed,
 from __future__ import annotations
 
 import logging
-import math
 import pickle
 import queue
 import threading
@@ -23,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +44,14 @@ READ_CPUS = 0.5  # so that a small machine runs few of them beside its training 
 WINDOWS_PER_PIPELINE = 64
 PATIENCE_S = 30.0  # without a batch, before the log says so
 
-Arrays = tuple[np.ndarray, np.ndarray]
-"""images uint8 (B, C, H, W), labels int64 (B,); C-contiguous, writable, owned by the receiver."""
+
+class Arrays(NamedTuple):
+    """Some rows: C-contiguous, writable, owned by the receiver."""
+
+    images: np.ndarray  # uint8 (B, C, H, W)
+    labels: np.ndarray  # int64 (B,)
+    columns: dict[str, np.ndarray]  # name -> float32 (B, width), as the manifest describes them
+
 
 log = logging.getLogger(__name__)
 # Ray Data tells of every execution that it begins and ends, and prints errors that the consumer gets anyway.
@@ -173,9 +179,9 @@ def _stream(
 ) -> BatchStream:
     if batch_size < 1:
         raise FigmentError(f"the batch size of a worker must be 1 or more, not {batch_size}")
-    layout = Layout(manifest.name, manifest.root, manifest.image_shape, manifest.encoding)
+    layout = Layout.of(manifest)
     blocks = _blocks(fs, layout, reads)
-    return BatchStream(_batches(blocks, batch_size, manifest.image_shape), prefetch_batches)
+    return BatchStream(_batches(blocks, batch_size, layout), prefetch_batches)
 
 
 # --- the consumer's side: batches from blocks -------------------------------------------------------------------------
@@ -218,26 +224,34 @@ def _user_error(error: BaseException) -> BaseException:
     return error
 
 
-def _batches(
-    blocks: Generator[pa.Table, None, None], batch_size: int, shape: tuple[int, int, int]
-) -> Generator[Arrays, None, None]:
-    images, labels, filled = np.empty((batch_size, *shape), np.uint8), np.empty(batch_size, np.int64), 0
+def _batches(blocks: Generator[pa.Table, None, None], batch_size: int, layout: Layout) -> Generator[Arrays, None, None]:
+    batch, filled = _empty(batch_size, layout), 0
     try:
         for block in blocks:
-            rows, ids = pixels_of(block["image"], math.prod(shape)).reshape(-1, *shape), block["label"].to_numpy()
+            rows = pixels_of(block["image"], layout.width).reshape(-1, *layout.image_shape)
+            ids = block["label"].to_numpy()
+            numbers = {column.name: column.numbers(block[column.name]) for column in layout.columns}
             taken = 0
             while taken < len(rows):
                 n = min(batch_size - filled, len(rows) - taken)
-                images[filled : filled + n] = rows[taken : taken + n]
-                labels[filled : filled + n] = ids[taken : taken + n]
+                to, of = slice(filled, filled + n), slice(taken, taken + n)
+                batch.images[to], batch.labels[to] = rows[of], ids[of]
+                for name, values in numbers.items():
+                    batch.columns[name][to] = values[of]
                 taken, filled = taken + n, filled + n
                 if filled == batch_size:
-                    yield images, labels
-                    images, labels, filled = np.empty_like(images), np.empty_like(labels), 0
+                    yield batch
+                    batch, filled = _empty(batch_size, layout), 0
         if filled:
-            yield images[:filled], labels[:filled]
+            columns = {name: values[:filled] for name, values in batch.columns.items()}
+            yield Arrays(batch.images[:filled], batch.labels[:filled], columns)
     finally:
         blocks.close()
+
+
+def _empty(rows: int, layout: Layout) -> Arrays:
+    columns = {column.name: np.empty((rows, column.width), np.float32) for column in layout.columns}
+    return Arrays(np.empty((rows, *layout.image_shape), np.uint8), np.empty(rows, np.int64), columns)
 
 
 # --- Ray Data: blocks from reads --------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """One window of shards out of the storage: what a task of the stream does.
 
 Fetch each shard whole, check size and sha256 against the manifest, put its rows at their places in the order, hand out
-contiguous Arrow blocks. Raw images are moved as bytes and never become Python objects. Encoded ones are decoded block
-by block in the same task: tasks of their own for that were given one window at a time by Ray Data, and half of the
-cores had nothing to do (docs/results.md).
+contiguous Arrow blocks. Raw images and columns are moved as bytes and never become Python objects. Encoded images are
+decoded block by block in the same task: tasks of their own for that were given one window at a time by Ray Data, and
+half of the cores had nothing to do (docs/results.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import Column, ColumnError
 from pipelines.data.images import DAMAGE, open_image
-from pipelines.data.manifest import Shard
+from pipelines.data.manifest import Manifest, Shard
 from pipelines.data.plan import Window, window_order
 from pipelines.errors import FigmentError
 
@@ -35,6 +36,11 @@ class Layout:
     root: str
     image_shape: tuple[int, int, int]
     encoding: str
+    columns: tuple[Column, ...] = ()
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Layout:
+        return cls(manifest.name, manifest.root, manifest.image_shape, manifest.encoding, manifest.columns)
 
     @property
     def raw(self) -> bool:
@@ -61,7 +67,8 @@ class Read:
 
 
 def read_window(fs: pafs.FileSystem, layout: Layout, read: Read) -> Iterator[pa.Table]:
-    """Blocks of the rows asked for, in order: `image` as fixed-size binary of C*H*W bytes, `label` int32.
+    """Blocks of the rows asked for, in order: `image` as fixed-size binary of C*H*W bytes, `label` int32, and
+    each of the data set's columns as fixed-size lists.
 
     Raises `FigmentError` naming the shard that is missing, cut off, damaged or not what the manifest says.
     """
@@ -73,12 +80,16 @@ def read_window(fs: pafs.FileSystem, layout: Layout, read: Read) -> Iterator[pa.
         return
     images = np.empty((read.rows, layout.width), np.uint8)
     labels = np.empty(read.rows, np.int32)
+    numbers = {column: np.empty((read.rows, column.width), column.dtype) for column in layout.columns}
     for shard, rows, places in _asked(read):
         table = _load(fs, layout, shard)
         pixels, ids = pixels_of(table["image"], layout.width), table["label"].to_numpy()
         images[places], labels[places] = pixels[rows], ids[rows]
+        for column, values in numbers.items():
+            values[places] = column.numbers(table[column.name])[rows]
     for i in range(0, read.rows, step):
-        yield _table(images[i : i + step], labels[i : i + step])
+        part = slice(i, i + step)
+        yield _table(images[part], labels[part], {c.name: c.as_block(v[part]) for c, v in numbers.items()})
 
 
 def decode(layout: Layout, block: pa.Table) -> pa.Table:
@@ -86,7 +97,8 @@ def decode(layout: Layout, block: pa.Table) -> pa.Table:
     pixels = np.empty((block.num_rows, *layout.image_shape), np.uint8)
     for i, (image, where) in enumerate(zip(block["image"], block["where"], strict=True)):
         pixels[i] = _decode(layout, image.as_buffer(), where)
-    return _table(pixels.reshape(-1, layout.width), block["label"])
+    columns = {column.name: block[column.name] for column in layout.columns}
+    return _table(pixels.reshape(-1, layout.width), block["label"], columns)
 
 
 def _encoded(fs: pafs.FileSystem, layout: Layout, read: Read) -> pa.Table:
@@ -124,14 +136,16 @@ def pixels_of(column: pa.ChunkedArray, width: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty((0, width), np.uint8)
 
 
-def _table(pixels: np.ndarray, labels: np.ndarray) -> pa.Table:
+def _table(
+    pixels: np.ndarray, labels: np.ndarray | pa.ChunkedArray, columns: Mapping[str, pa.Array | pa.ChunkedArray]
+) -> pa.Table:
     width = pixels.shape[1]
     images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(pixels), [None, pa.py_buffer(pixels)])
-    return pa.table({"image": images, "label": labels})
+    return pa.table({"image": images, "label": labels, **columns})
 
 
 def _load(fs: pafs.FileSystem, layout: Layout, shard: Shard) -> pa.Table:
-    """The table of a shard, after size and sha256 are found to be what the manifest says."""
+    """The table of a shard, its columns as fixed-size lists, when size and sha256 are what the manifest says."""
     path = f"{layout.root}/{shard.path}"
     where = f"shard {path} of data set {layout.name!r}"
     try:
@@ -148,16 +162,26 @@ def _load(fs: pafs.FileSystem, layout: Layout, shard: Shard) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise FigmentError(f"{where} is damaged: its sha256 is not the one of the manifest; {REPAIR}")
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=["image", "label"], use_threads=False)
+        names = ["image", "label", *(column.name for column in layout.columns)]
+        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=names, use_threads=False)
     except pa.ArrowException as error:
         raise FigmentError(f"{where} is not readable Parquet ({error}); {REPAIR}") from error
     image = pa.binary(layout.width) if layout.raw else pa.binary()
-    if table.num_rows != shard.rows or table.schema.types != [image, pa.int32()]:
+    types = [image, pa.int32(), *(column.stored for column in layout.columns)]
+    if table.num_rows != shard.rows or table.schema.types != types:
         raise FigmentError(
             f"{where} has {table.num_rows} rows of {table.schema.types}, its manifest says {shard.rows} of"
-            f" {[image, pa.int32()]}; {REPAIR}"
+            f" {types}; {REPAIR}"
         )
-    return table
+    return table if not layout.columns else _with_blocks(layout, table, where)
+
+
+def _with_blocks(layout: Layout, table: pa.Table, where: str) -> pa.Table:
+    try:
+        columns = {column.name: column.as_block(column.numbers(table[column.name])) for column in layout.columns}
+    except (ColumnError, pa.ArrowException) as error:
+        raise FigmentError(f"{where} is not what its manifest says: {error}; {REPAIR}") from error
+    return pa.table({"image": table["image"], "label": table["label"], **columns})
 
 
 def _decode(layout: Layout, file: pa.Buffer, where: pa.StringScalar) -> np.ndarray:

@@ -238,7 +238,7 @@ class TrackedReporter(Reporter):
             batch_size=REAL_IMAGES,
         )
         with closing(data) as batches:
-            images, _ = next(batches)
+            images = next(batches).images
         return torch.from_numpy(images).to(self._device)
 
 

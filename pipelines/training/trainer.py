@@ -20,7 +20,7 @@ from pyarrow import fs as pafs
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 import models
-from models.contract import ImageShape
+from models.contract import Asks, ImageShape, Needs
 from pipelines.config import RunSpec
 from pipelines.data.manifest import Manifest
 from pipelines.errors import FigmentError
@@ -217,10 +217,32 @@ def _check_fits(spec: RunSpec, manifest: Manifest) -> None:
     for split in (spec.data.split, spec.data.eval_split):
         manifest.shards(split)
     try:
-        models.build(spec.model, ImageShape(*manifest.image_shape))
+        learner = models.build(spec.model, ImageShape(*manifest.image_shape))
     except ValueError as error:
         raise FigmentError(f"the model cannot be built for the images of {spec.data.dataset!r}: {error}") from error
+    if isinstance(learner, Asks):
+        _check_needs(learner.needs(), manifest)
     check_measurable(manifest.image_shape, manifest.rows(spec.data.eval_split), spec.data.eval_split)
+
+
+def _check_needs(needs: Needs, manifest: Manifest) -> None:
+    """`FigmentError` when the data set lacks labels or columns that the model cannot work without."""
+    dataset, known = f"data set '{manifest.name}@{manifest.version}'", len(manifest.label_names)
+    if needs.classes and not 1 <= known <= needs.classes:
+        has = f"has {known:,} classes" if known else "has no labels"
+        raise FigmentError(
+            f"the model needs labels 0 … {needs.classes - 1} ({needs.classes} classes), but {dataset} {has}; choose"
+            " another data set, or the model's number of classes"
+        )
+    widths = {column.name: column.width for column in manifest.columns}
+    for name, width in needs.columns.items():
+        if widths.get(name) != width:
+            has = f"that of {dataset} has {widths[name]}" if name in widths else f"{dataset} has none"
+            others = ", ".join(f"{name} ({width})" for name, width in widths.items()) or "none"
+            raise FigmentError(
+                f"the model needs a column {name!r} of {width} numbers, but {has} (its columns: {others}); ingest a"
+                " source that has it"
+            )
 
 
 def _check_cluster(spec: RunSpec) -> bool:

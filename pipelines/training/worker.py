@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 
 import numpy as np
@@ -115,9 +116,9 @@ class TrainingLoop:
                     self._draw(-1)
                 meter = Meter(self.images_seen)
                 while self.images_seen < training.images:
-                    images, labels = next(batches)
+                    arrays = next(batches)
                     before = self.images_seen
-                    meter.add(self._train_on(images, labels))
+                    meter.add(self._train_on(*arrays))
                     if self._due(training.log_every, before):
                         metrics = meter.read(self.images_seen, batches.stall_seconds)
                         sentences = self.health.check_metrics(self.learner, metrics, self.images_seen)
@@ -130,10 +131,12 @@ class TrainingLoop:
                 self.images_per_s = (self.images_seen - first) / (time.perf_counter() - started)
         return self.evaluate()
 
-    def _train_on(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
-        """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,)."""
+    def _train_on(
+        self, images: np.ndarray, labels: np.ndarray, columns: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Tensor]:
+        """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,), columns float32 (B, width)."""
         training, device = self.spec.training, self.place.device
-        batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
+        batch = Batch(_to(device, images), _to(device, labels), self.images_seen, _each_to(device, columns or {}))
         # No cache of cast weights: it would live as long as the block, and a second forward pass of a step (a critic's
         # second update) would use the weights from before the first.
         mixed = training.precision == "bf16"
@@ -162,9 +165,10 @@ class TrainingLoop:
             batch_size=500,
         )
         with self.averaged_weights(), torch.no_grad(), closing(data) as batches:
-            for images, labels in batches:
+            for images, labels, columns in batches:
                 device = self.place.device
-                batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
+                on_device = _each_to(device, columns)
+                batch = Batch(_to(device, images), _to(device, labels), self.images_seen, on_device)
                 for name, values in self.learner.evaluate(batch, generator).items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
                 count += len(images)
@@ -268,3 +272,7 @@ def _to(device: torch.device, array: np.ndarray) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def _each_to(device: torch.device, columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: _to(device, values) for name, values in columns.items()}

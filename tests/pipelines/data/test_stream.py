@@ -100,7 +100,7 @@ def test_batches_are_the_plan_on_two_workers_at_once(s3_store: Store) -> None:
         wanted = [expected_rows(manifest, cursor, rank) for rank in (0, 1)]
         for _ in range(16):  # 16 batches of 16 rows on 2 workers: four epochs of 123 rows, and 20 rows of the fifth
             for batches, rows in zip((one, two), wanted, strict=True):
-                images, labels = next(batches)
+                images, labels, _ = next(batches)
                 now = list(islice(rows, 16))
                 assert images.dtype == np.uint8
                 assert labels.dtype == np.int64
@@ -122,8 +122,8 @@ def test_resuming_in_the_middle_of_an_epoch_is_the_same_stream(s3_store: Store) 
         straight = [next(whole) for _ in range(9)]
     later = Cursor.from_dict(cursor.advance(4 * 16).to_dict())
     with train(fs, manifest, later, 1) as rest:
-        for images, labels in straight[4:]:
-            again_images, again_labels = next(rest)
+        for images, labels, _ in straight[4:]:
+            again_images, again_labels, _ = next(rest)
             np.testing.assert_array_equal(again_images, images)
             np.testing.assert_array_equal(again_labels, labels)
 
@@ -153,7 +153,7 @@ def test_encoded_images_are_decoded(s3_store: Store, shape: tuple[int, int, int]
     with train(fs, manifest, cursor, batch_size=20) as batches:
         rows = expected_rows(manifest, cursor, 0)
         for _ in range(4):
-            images, labels = next(batches)
+            images, labels, _ = next(batches)
             now = [row for _, row in islice(rows, 20)]
             assert labels.tolist() == now
             np.testing.assert_array_equal(images, np.stack([image_of(row, shape) for row in now]))
@@ -166,7 +166,7 @@ def test_evaluation_is_one_pass_in_stored_order(s3_store: Store, encoding: str) 
     read: list[int] = []
     for rank in range(3):
         with evaluation_batches(fs, manifest, "test", world_size=3, rank=rank, batch_size=5) as batches:
-            got = [(images, labels.tolist()) for images, labels in batches]
+            got = [(images, labels.tolist()) for images, labels, _ in batches]
             assert list(batches) == []
         assert [len(labels) for _, labels in got] == [[5, 2], [5, 3], [5, 3]][rank]
         for images, labels in got:
@@ -181,7 +181,7 @@ def test_a_share_of_an_evaluation_may_be_empty(s3_store: Store) -> None:
     sizes = []
     for rank in range(3):
         with evaluation_batches(fs, manifest, "test", world_size=3, rank=rank, batch_size=5) as batches:
-            sizes.append([len(labels) for _, labels in batches])
+            sizes.append([len(labels) for _, labels, _ in batches])
     assert sorted(sizes) == [[], [1], [1]]
 
 
@@ -339,7 +339,7 @@ def test_so_many_batches_are_the_first_of_the_endless_stream_and_nothing_more_is
     with train(fs, manifest, cursor, 1, batches=batches) as few:
         got = list(few)
     assert len(got) == batches
-    for (images, labels), (wanted_images, wanted_labels) in zip(got, straight, strict=True):
+    for (images, labels, _), (wanted_images, wanted_labels, _) in zip(got, straight, strict=True):
         np.testing.assert_array_equal(images, wanted_images)
         np.testing.assert_array_equal(labels, wanted_labels)
     assert sum(read) == batches * 16

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +33,9 @@ def _of(rank: int, world: int, fs: pafs.FileSystem, spec: RunSpec, reporter: Rep
 def _record(loop: TrainingLoop, seen: list[bytes]) -> TrainingLoop:
     train_on = loop._train_on
 
-    def recorded(images: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
+    def recorded(images: np.ndarray, *others: Any) -> dict[str, torch.Tensor]:
         seen.extend(image.tobytes() for image in images)
-        return train_on(images, labels)
+        return train_on(images, *others)
 
     loop._train_on = recorded  # type: ignore[method-assign]
     return loop

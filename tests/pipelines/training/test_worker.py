@@ -64,10 +64,10 @@ def test_a_run_that_is_killed_and_repeated_equals_an_uninterrupted_one_to_the_bi
     killed = _loop(store, spec, "killed", shape)
     train_on = killed._train_on
 
-    def until_killed(images: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
+    def until_killed(*arrays: Any) -> dict[str, torch.Tensor]:
         if killed.images_seen == 180:  # 60 images after the checkpoint, in the middle of the third epoch of 70
             raise Killed
-        return train_on(images, labels)
+        return train_on(*arrays)
 
     killed._train_on = until_killed  # type: ignore[method-assign]
     with pytest.raises(Killed):
@@ -122,11 +122,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoi
     loop = _loop(store, spec, "diverged")
     train_on = loop._train_on
 
-    def poisoned(images: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
+    def poisoned(*arrays: Any) -> dict[str, torch.Tensor]:
         if loop.images_seen == 100:
             with torch.no_grad():
                 next(iter(loop.learner.networks()["decoder"].parameters())).fill_(float("nan"))
-        return train_on(images, labels)
+        return train_on(*arrays)
 
     loop._train_on = poisoned  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"step 6 \(100 images seen\).*NaN"):
@@ -145,7 +145,7 @@ def test_evaluation_is_the_mean_over_every_held_out_image(store: pafs.FileSystem
             parameter.add_(0.1)
     got = loop.evaluate()
     with evaluation_batches(store, manifest, "test", world_size=1, rank=0, batch_size=43) as batches:
-        images, labels = next(batches)
+        images, labels, _ = next(batches)
     assert isinstance(loop.learner, Evaluates)
     generator = torch.Generator().manual_seed(derived_seed(loop.spec.training.seed, "evaluation"))
     assert loop.state.ema is not None
