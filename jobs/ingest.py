@@ -14,12 +14,20 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from infra.storage import StorageError, cache_folder, default_store, explain, open_source, open_storage, redact
+from infra.storage import (
+    StorageError,
+    cache_folder,
+    default_store,
+    explain,
+    local_path,
+    open_source,
+    open_storage,
+    redact,
+)
 from jobs.entry import connect_ray, run_job
 from pipelines.data.download import PublishedFile
 from pipelines.data.ingest import IngestResult, Progress, ingest, ingested
@@ -33,7 +41,8 @@ LOG_EVERY_S = 5.0  # a line of its own, where there is no terminal to overwrite 
 
 SOURCE_HELP = (
     "Archive or folder to read: a local path, https://… or s3://…; IDX: the folder, or one of the images files."
-    f" Or a data set known by name, which is downloaded: {', '.join(KNOWN)}."
+    f" Or a data set known by name, which is downloaded to $FIGMENT_CACHE"
+    f" (default: ~/.cache/figment): {', '.join(KNOWN)}."
 )
 
 FORMAT_HELP = (
@@ -126,7 +135,7 @@ def carry_out(job: IngestJob, by_name: Known | None, called: str | None = None) 
 
 def _known(job: IngestJob, known: Mapping[str, Known]) -> Known | None:
     """The data set that is meant by name. A file or folder of that name goes before it."""
-    if "/" in job.source or Path(job.source).expanduser().exists():
+    if "/" in job.source or local_path(job.source).exists():
         if job.dataset_name is None:
             hint = " (the file or folder here is meant, not the data set known by that name)"
             raise FigmentError(

@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 from pipelines.data.download import Patience, PublishedFile, fetch, is_whole
 from pipelines.data.ingest_options import IngestOptions, Layout, layout_of
 from pipelines.data.sources_io import EncodedImage, Limits, RawImage, Source
+from pipelines.errors import FigmentError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,13 @@ class Known:
         return cache / "datasets" / self.name
 
     def missing(self, cache: Path) -> tuple[PublishedFile, ...]:
-        return tuple(file for file in self.files if not is_whole(file, self.folder(cache) / file.name))
+        """Files of which `cache` has none, or another one; `FigmentError` when that cannot be told."""
+        try:
+            return tuple(file for file in self.files if not is_whole(file, self.folder(cache) / file.name))
+        except OSError as error:
+            raise FigmentError(
+                f"{self.folder(cache)} cannot be read ({error.strerror or error}): set FIGMENT_CACHE to another folder"
+            ) from error
 
     def layout(self, options: IngestOptions) -> Layout:
         """What `options` come to for its images, of which nothing need be here yet."""
