@@ -12,23 +12,25 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
-SCRIPT = Path(__file__).parents[3] / "data/render_heads.py"
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "data/render_heads.py"
 REFERENCE = Path(__file__).with_name("heads-reference.npz")
 """`images`: render(draw_heads(6, 0, "train"), 32)."""
 Array = np.ndarray
 
 
-def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render_heads", SCRIPT)
+def _module(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["render_heads"] = module  # dataclasses look themselves up there
+    sys.modules[script.stem] = module  # where dataclasses, and the script beside it, look
     spec.loader.exec_module(module)
     return module
 
 
-made = _module()
+made = _module(SCRIPT)
 
 
 def picture(size: int = 32, seed: int = 0, **factors: float) -> Array:
@@ -236,3 +238,14 @@ def test_the_script_refuses_no_heads(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--train and --test are 1 or more" in done.stderr
     assert not (tmp_path / "heads").exists()
+
+
+def test_the_page_says_what_the_script_does() -> None:
+    page = (ROOT / "docs/data/heads.md").read_text()
+    for name, (low, high) in made.FACTORS.items():
+        assert f"| `{name}` | {low:g} … {high:g} " in page
+    assert f"{len(made.IDENTITY)}\nproportions" in page and f"grey {BACKGROUND};" in page
+    assert f"{made.LIGHT_UP:g} degrees above" in page
+    drawn = _module(ROOT / "data/draw_heads_sheet.py").sheet()
+    with Image.open(ROOT / "docs/images/heads.png") as shown:
+        assert np.abs(np.asarray(shown).astype(int) - drawn).max() <= 1
