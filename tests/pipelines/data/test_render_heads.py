@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -158,6 +159,17 @@ def test_pictures_are_those_of_the_reference() -> None:
         images = stored["images"].astype(int)
     assert images.shape == (6, 1, 32, 32)
     assert np.abs(made.render(made.draw_heads(6, 0, "train"), 32).astype(int) - images).max() <= 1
+
+
+def test_a_processor_without_wide_registers_makes_the_same_pictures(tmp_path: Path) -> None:
+    """With everything off that numpy found here beyond its baseline: other loops for every operation."""
+    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])  # type: ignore[index]
+    code = f"import sys; sys.path[0] = {str(SCRIPT.parent)!r}; import numpy as np; from render_heads import *"
+    code += f"; np.save({str(tmp_path / 'images.npy')!r}, render(draw_heads(30, 0, 'train'), 32))"
+    without = {**os.environ, "NPY_DISABLE_CPU_FEATURES": " ".join(found)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=without)
+    images = made.render(made.draw_heads(30, 0, "train"), 32).astype(int)
+    assert np.abs(np.load(tmp_path / "images.npy") - images).max() <= 1
 
 
 def test_a_head_looks_the_same_whoever_is_rendered_beside_it() -> None:
