@@ -173,7 +173,7 @@ def _stream(
 ) -> BatchStream:
     if batch_size < 1:
         raise FigmentError(f"the batch size of a worker must be 1 or more, not {batch_size}")
-    layout = Layout(manifest.name, manifest.root, manifest.image_shape, manifest.encoding)
+    layout = Layout.of(manifest)
     blocks = _blocks(fs, layout, reads)
     return BatchStream(_batches(blocks, batch_size, manifest.image_shape), prefetch_batches)
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import models
-from models.contract import Batch, Evaluates, ImageShape
+from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, Labelled
+from pipelines.data.labelled import LabelledSubset, load_subset
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
 from pipelines.errors import FigmentError
@@ -63,6 +65,10 @@ class TrainingLoop:
         self.health = Health(training.images)
         self.images_per_s = 0.0
         self.checkpoint_path = "" if found is None else found.bundle.path
+        data = self.spec.data
+        self.subset = (
+            None if data.labels_per_class is None else load_subset(launch.fs, launch.folder, launch.manifest, data)
+        )
 
     def _resume(self, found: Found) -> None:
         bundle = found.bundle
@@ -134,6 +140,8 @@ class TrainingLoop:
         """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,)."""
         training, device = self.spec.training, self.place.device
         batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
+        if self.subset is not None:
+            batch = self._semi_supervised(batch, self.subset)
         # No cache of cast weights: it would live as long as the block, and a second forward pass of a step (a critic's
         # second update) would use the weights from before the first.
         mixed = training.precision == "bf16"
@@ -145,6 +153,16 @@ class TrainingLoop:
         if self.state.ema is not None:
             self.state.ema.update(training.batch_size, self.images_seen)
         return metrics
+
+    def _semi_supervised(self, batch: Batch, subset: LabelledSubset) -> Batch:
+        """The batch without its labels, and beside it half as many images of the labelled subset with theirs."""
+        device, place = self.place.device, self.place
+        images, labels = subset.draw(self.step, max(1, len(batch.images) // 2), place.rank, place.world_size)
+        return replace(
+            batch,
+            labels=torch.full_like(batch.labels, UNKNOWN),
+            labelled=Labelled(_to(device, images), _to(device, labels)),
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Means over the whole evaluation split, each image counted once, whatever the number of workers."""
