@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from models import ModelConfig, dcgan, vae
-from models.contract import Diagnoses, Evaluates, Exports, ImageShape, Reconstructs, Traverses
+from models.contract import Diagnoses, Evaluates, Exports, ImageShape, Measures, Reconstructs, Traverses
 
-CAPABILITIES = (Diagnoses, Evaluates, Exports, Reconstructs, Traverses)
+CAPABILITIES = (Diagnoses, Evaluates, Exports, Measures, Reconstructs, Traverses)
+VAE = {Diagnoses, Evaluates, Exports, Reconstructs, Traverses}
 
 
 class Case(NamedTuple):
@@ -19,7 +20,7 @@ class Case(NamedTuple):
 # fmt: off
 CASES: dict[str, Case] = {
     "dcgan": Case(dcgan.Config(latent=8, generator_width=4, discriminator_width=4), ImageShape(3, 16, 16), {Diagnoses, Exports}),  # noqa: E501
-    "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), {*CAPABILITIES}),
-    "vae-gaussian": Case(vae.Config(latent=4, hidden=16, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8), {*CAPABILITIES}),  # noqa: E501
+    "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), VAE),
+    "vae-gaussian": Case(vae.Config(latent=4, hidden=16, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8), VAE),  # noqa: E501
 }
 # fmt: on
