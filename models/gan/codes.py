@@ -6,11 +6,14 @@ Beside noise z of d numbers they make a latent of L numbers: z, the categorical 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from models.metrics.disentanglement import best_assignment, correlation, mutual_information_gap
 
 WALK = 2.0  # a continuous code is drawn from -1 to 1 and walked from -2 to 2, as in the figures of the InfoGAN paper
 
@@ -72,3 +75,29 @@ class Codes:
         else:
             latents[:, code - len(self.names)] = torch.linspace(-WALK, WALK, steps, device=start.device)
         return latents
+
+
+def told_of_factors(codes: Mapping[str, Tensor], factors: Tensor) -> dict[str, float]:
+    """Continuous codes by name, (B,) each, and what the images were made from, (B, F) -> figures.
+
+    `correlation/CODE/factorJ`: |r| of each code and factor, factors counted from 1. `code_of_factorJ`: which of these
+    codes became the factor, counted from 1, each one at most; 0 for none. `factor_correlation`: the mean over all
+    factors of |r| with their code, 0 without one. `mig`: the mutual information gap. Factors that do not vary are left
+    out; where none is left there are no figures."""
+    kept = (factors != factors[0]).any(dim=0).nonzero().flatten().tolist()
+    if not kept:
+        return {}
+    values, varying = torch.stack([*codes.values()], dim=1), factors[:, kept]
+    strength = correlation(values, varying)
+    chosen = best_assignment(strength)
+    figures = {
+        f"correlation/{name}/factor{factor + 1}": float(strength[i, j])
+        for i, name in enumerate(codes)
+        for j, factor in enumerate(kept)
+    }
+    for factor, code in zip(kept, chosen, strict=True):
+        figures[f"code_of_factor{factor + 1}"] = 0.0 if code is None else code + 1.0
+    found = [0.0 if code is None else float(strength[code, j]) for j, code in enumerate(chosen)]
+    figures["factor_correlation"] = sum(found) / len(found)
+    figures["mig"] = float(mutual_information_gap(values, varying).mean())
+    return figures

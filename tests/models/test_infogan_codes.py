@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.contract import UNKNOWN, Batch, ImageShape
+from models.gan.codes import told_of_factors
 from models.gan.infogan import UNREAD_FIXED, UNREAD_LEARNED, Config, InfoGAN, build
 from tests.models.test_infogan import SMALL, learner, rng, some_batch
 
@@ -58,16 +59,16 @@ def test_the_two_kinds_of_a_toy_become_the_two_categories() -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_read_off_an_image_depends_on_no_other_image_and_on_no_worker() -> None:
-    model = learner()
-    for seed in range(3):
-        model.step(some_batch(), rng(seed))
-    together = model.encode(some_batch(20), rng(1))
-    assert list(together) == ["c1", "c2", "c3", "c4"]
-    assert [code.dtype for code in together.values()] == [torch.int64] * 2 + [torch.float32] * 2
-    alone = Batch(some_batch(20).images[7:8], torch.zeros(1), 0)
-    for name, code in model.encode(alone, rng(2)).items():
-        torch.testing.assert_close(code, together[name][7:8], msg=name)
+def test_each_code_is_read_under_its_name() -> None:
+    model, given = learner(Config(**{**SMALL.__dict__, "names": ("digit category",)})), some_batch(20)
+    codes = model.encode(given, rng())
+    assert list(codes) == ["digit category", "c2", "c3", "c4"]
+    said = model.d(given.images.float() / 255)[1]
+    assert torch.equal(codes["digit category"], said[:, :3].argmax(1))
+    assert torch.equal(codes["c2"], said[:, 3:5].argmax(1))
+    assert torch.equal(torch.stack([codes["c3"], codes["c4"]], dim=1), said[:, 5:])
+    alone = model.encode(Batch(given.images[:1], given.labels[:1], 0), rng())  # a share of one image
+    assert all(len(code) == 1 and code.isfinite().all() for code in alone.values())
 
 
 def test_the_means_of_continuous_codes_are_read_not_their_deviations() -> None:
@@ -116,6 +117,28 @@ def test_each_category_counts_for_its_most_frequent_class_and_the_best_code_is_t
     hidden = torch.cat([labels, torch.full((50,), UNKNOWN)])
     more = {name: torch.cat([code, code[:50]]) for name, code in codes.items()}
     assert model.measure(more, hidden, {})["category_accuracy"] == pytest.approx(by_hand("c1")), "UNKNOWN is no class"
+
+
+def test_which_code_became_which_factor_is_told_and_how_well() -> None:
+    """c3 is the second factor, upside down and with noise, c4 the first one; the third never varies."""
+    model, generator = learner(), rng(5)
+    factors = torch.rand(4000, 3, generator=generator)
+    factors[:, 2] = 0.5
+    noise = torch.rand(4000, generator=generator)
+    codes = {"c1": torch.zeros(4000, dtype=torch.int64), "c2": torch.zeros(4000, dtype=torch.int64)}
+    codes |= {"c3": -factors[:, 1] - 0.5 * noise, "c4": 3 * factors[:, 0] + 1}
+    figures = model.measure(codes, torch.zeros(4000, dtype=torch.int64), {"factors": factors})
+    with_noise = 1 / math.sqrt(1 + 0.5**2)  # corr(a, a + b/2) of independent ones of equal variance
+    assert figures["correlation/c4/factor1"] == pytest.approx(1, abs=1e-6)
+    assert figures["correlation/c3/factor2"] == pytest.approx(with_noise, abs=0.01)
+    assert max(figures["correlation/c3/factor1"], figures["correlation/c4/factor2"]) < 0.05
+    assert (figures["code_of_factor1"], figures["code_of_factor2"]) == (2, 1)
+    assert figures["factor_correlation"] == pytest.approx((1 + with_noise) / 2, abs=0.01)
+    assert 0.6 < figures["mig"] < 1
+    assert not any("factor3" in name for name in figures) and "category_accuracy" not in figures
+    one = told_of_factors({"only": codes["c4"]}, factors)
+    assert (one["code_of_factor1"], one["code_of_factor2"], one["factor_correlation"]) == (1, 0, pytest.approx(0.5))
+    assert told_of_factors({"only": codes["c4"]}, factors[:, 2:]) == {}
 
 
 # --- walking ----------------------------------------------------------------------------------------------------------
