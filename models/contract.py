@@ -118,7 +118,7 @@ class Measures(Protocol):
         ...
 
     def measure(self, codes: Mapping[str, Tensor], labels: Tensor, columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """The same for all held-out images together, on the CPU, in stored order -> figures."""
+        """The same for all held-out images together, on the CPU, in stored order -> figures, each of them finite."""
         ...
 
 
@@ -131,13 +131,19 @@ class Reconstructs(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Traversal:
+    """Walks along a latent space."""
+
+    images: Tensor  # uint8 (rows, steps, C, H, W): each row is one walk
+    titles: list[str]  # what each row walks along; "" where there is nothing to say
+
+
 @runtime_checkable
 class Traverses(Protocol):
     """Walks along its latent space."""
 
-    def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
-        """uint8 (rows, steps, C, H, W): each row is one walk."""
-        ...
+    def traverse(self, rows: int, steps: int, generator: Generator) -> Traversal: ...
 
 
 @runtime_checkable

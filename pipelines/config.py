@@ -169,13 +169,13 @@ class RunSpec:
 
 
 def spec_from_dict(body: dict[str, Any]) -> RunSpec:
-    """Inverse of `RunSpec.to_dict`, for specs stored in checkpoints and model artifacts."""
-
+    """Inverse of `RunSpec.to_dict`, for specs stored in checkpoints and model artifacts; tuples came as lists."""
     config_type = MODELS[body["model_name"]].config
+    model = {name: tuple(value) if isinstance(value, list) else value for name, value in body["model"].items()}
     expected = body["expected"]
     return RunSpec(
         recipe=body["recipe"],
-        model=config_type(**body["model"]),
+        model=config_type(**model),
         data=DataSpec(**body["data"]),
         training=TrainingSpec(**body["training"]),
         visuals=VisualsSpec(**body["visuals"]),

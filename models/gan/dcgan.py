@@ -33,7 +33,6 @@ Deviations
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,12 +43,11 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics
-from models.layers import SAMPLE_BATCH, in_latent_chunks, require_at_least_one, to_uint8, to_unit
+from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit, with_frozen_statistics
 
 BASE = 4  # side of the smallest feature map
 LEAK = 0.2  # slope of the leaky ReLU below zero
 BN_EPS = 1e-8  # the released code's
-EXPORT_BATCHES = 16  # of SAMPLE_BATCH latents: 2,048 draws behind every frozen statistic
 
 D_CERTAIN = 0.97  # p_real above it and p_fake below 1 - it: |logits| > 3.5 on both sides, L_D < .06
 FOOLED = 0.7  # p_fake above it: D calls most of what G draws real
@@ -90,7 +88,7 @@ class GeneratorNetwork(nn.Module):
         for wide, narrow in pairwise(widths):
             layers += [_up(wide, narrow), nn.BatchNorm2d(narrow, eps=BN_EPS, track_running_stats=False), nn.ReLU()]
         self.upsample = nn.Sequential(*layers, _up(widths[-1], shape.channels), nn.Tanh())
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, z: Tensor) -> Tensor:
         h = F.relu(self.project_norm(self.project(z)))
@@ -109,7 +107,7 @@ class DiscriminatorNetwork(nn.Module):
             layers += [_down(narrow, wide), norm, nn.LeakyReLU(LEAK)]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.classify = nn.Linear(widths[-1] * BASE * BASE, 1, bias=False)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x)).squeeze(1)
@@ -123,9 +121,12 @@ def _down(narrow: int, wide: int) -> nn.Module:
     return nn.Conv2d(narrow, wide, 5, stride=2, padding=2, bias=False)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Weights from N(0, .02), gains of batch norms from N(1, .02), biases and shifts 0."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
@@ -150,6 +151,19 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """L_G = -mean log D(G(z)), in nats; logits (B,)."""
     return F.softplus(-fake_logits.float()).mean()
+
+
+def state_of_the_game(metrics: Mapping[str, float]) -> list[str]:
+    """What `p_real` and `p_fake` tell of G and D, in a sentence where it is wrong."""
+    p_real, p_fake = metrics["p_real"], metrics["p_fake"]
+    seen = f"(D says {p_real:.0%} of real and {p_fake:.0%} of drawn images are real)"
+    if p_real > D_CERTAIN and p_fake < 1 - D_CERTAIN:
+        return [f"the discriminator is certain of nearly every image {seen}: the generator learns little from it"]
+    if p_fake > FOOLED:
+        return [f"the generator fools the discriminator {seen}: it has found a blind spot or D has stopped learning"]
+    if p_real - p_fake < BLIND:
+        return [f"the discriminator sees no difference between real and drawn images {seen}: D has stopped learning"]
+    return []
 
 
 class DCGAN:
@@ -203,30 +217,13 @@ class DCGAN:
         return to_uint8((decoded + 1) / 2)
 
     def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
-        p_real, p_fake = metrics["p_real"], metrics["p_fake"]
-        seen = f"(D says {p_real:.0%} of real and {p_fake:.0%} of drawn images are real)"
-        if p_real > D_CERTAIN and p_fake < 1 - D_CERTAIN:
-            return [f"the discriminator is certain of nearly every image {seen}: the generator learns little from it"]
-        if p_fake > FOOLED:
-            return [
-                f"the generator fools the discriminator {seen}: it has found a blind spot or D has stopped learning"
-            ]
-        if p_real - p_fake < BLIND:
-            return [
-                f"the discriminator sees no difference between real and drawn images {seen}: D has stopped learning"
-            ]
-        return []
+        return state_of_the_game(metrics)
 
     @torch.no_grad()
     def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
         """G with frozen batch statistics, latents (B, d) in [-1, 1] -> images (B, C, H, W) in [0, 1]."""
-        frozen = copy.deepcopy(self.g).train()
-        for norm in frozen.modules():
-            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-                _track(norm)
-        for _ in range(EXPORT_BATCHES):
-            frozen(self._latents(SAMPLE_BATCH, generator))
-        return nn.Sequential(frozen, ToUnit()).eval().requires_grad_(False), self._latents(2, generator)
+        frozen = with_frozen_statistics(self.g, lambda n: self._latents(n, generator))
+        return nn.Sequential(frozen, ToUnit()).eval(), self._latents(2, generator)
 
     def _latents(self, n: int, generator: Generator) -> Tensor:
         """z ~ U(-1, 1), (n, d)."""
@@ -238,15 +235,6 @@ class ToUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + 1) / 2
-
-
-def _track(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-    """Makes `norm` average what it sees: a plain mean over batches, since momentum None weighs them alike."""
-    norm.track_running_stats, norm.momentum = True, None
-    device = norm.weight.device
-    norm.running_mean = torch.zeros(norm.num_features, device=device)
-    norm.running_var = torch.zeros(norm.num_features, device=device)
-    norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
 
 
 def build(config: Config, shape: ImageShape) -> DCGAN:

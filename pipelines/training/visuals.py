@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
-from models.contract import Learner, Reconstructs, Traverses
+from models.contract import Learner, Reconstructs, Traversal, Traverses
 
 GAP = 2  # pixels between and around the images of a grid
 BACKGROUND = 255
@@ -31,6 +31,7 @@ _LOG_DECADES = 3  # a logarithmic clock has no zero: after frame 0 it starts at 
 
 _HOLD_S = 2.0  # how long the last frame stands
 _CAPTION = 20  # pixels under a frame, for the clock
+_FONT, _INK, _MARGIN = 13, (60, 60, 60), 6  # size and colour of what is written, pixels of background beside it
 _GIF_SIDE, _GIF_BYTES, _GIF_COLOURS = 512, 4 * 10**6, 128
 _CLOCK = "images_seen"  # key of the PNG text chunk
 
@@ -62,9 +63,22 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> np.ndarra
     return grid(torch.cat([originals.cpu(), reconstructions.cpu()], dim=2), columns)
 
 
-def walks(images: Tensor) -> np.ndarray:
-    """uint8 (rows, steps, C, H, W) -> a grid (H', W', 3) with one walk through the latent space in each row."""
-    return grid(images.flatten(0, 1), images.shape[1])
+def walks(traversal: Traversal) -> np.ndarray:
+    """A grid (H', W', 3) with one walk through the latent space in each row, and its title to the left of it."""
+    rows, steps = traversal.images.shape[:2]
+    picture = Image.fromarray(grid(traversal.images.flatten(0, 1), steps))
+    font = ImageFont.load_default(_FONT)
+    room = math.ceil(max(font.getlength(title) for title in traversal.titles))
+    if room == 0:
+        return np.asarray(picture)
+    left = room + 2 * _MARGIN
+    canvas = Image.new("RGB", (left + picture.width, picture.height), (BACKGROUND,) * 3)
+    canvas.paste(picture, (left, 0))
+    row = (picture.height - GAP) / rows
+    for i, title in enumerate(traversal.titles):
+        middle = (left - _MARGIN, GAP / 2 + row * (i + 0.5))
+        ImageDraw.Draw(canvas).text(middle, title, fill=_INK, font=font, anchor="rm")
+    return np.asarray(canvas)
 
 
 def png(array: np.ndarray, images_seen: int | None = None) -> bytes:
@@ -165,8 +179,8 @@ def _captioned(picture: Image.Image, text: str, size: tuple[int, int]) -> Image.
     canvas = Image.new("RGB", (width + width % 2, height + _CAPTION + height % 2), (BACKGROUND,) * 3)
     fitted = picture if picture.size == size else picture.resize(size, Image.Resampling.BOX)
     canvas.paste(fitted, (0, 0))
-    font = ImageFont.load_default(13)
-    ImageDraw.Draw(canvas).text((canvas.width - 6, height + 2), text, fill=(60, 60, 60), font=font, anchor="ra")
+    place, font = (canvas.width - _MARGIN, height + 2), ImageFont.load_default(_FONT)
+    ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=font, anchor="ra")
     return canvas
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 import models
-from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, Labelled
+from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, Labelled, Measures
 from pipelines.data.labelled import LabelledSubset, load_subset
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
@@ -26,6 +26,7 @@ from pipelines.training.collectives import broadcast_from_first, gather
 from pipelines.training.ema import Ema
 from pipelines.training.gradients import guard_optimizers
 from pipelines.training.health import Health
+from pipelines.training.held_out import HeldOut, merged
 from pipelines.training.history import Found, bundle_path, newest_bundle, prune_bundles, set_aside_later
 from pipelines.training.launch import Launch, Place
 from pipelines.training.reporter import Reporter
@@ -165,10 +166,13 @@ class TrainingLoop:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Means over the whole evaluation split, each image counted once, whatever the number of workers."""
-        if not isinstance(self.learner, Evaluates):
+        """Means over the whole evaluation split, and figures of all of it together; each image counted once, whatever
+        the number of workers."""
+        learner, device = self.learner, self.place.device
+        if not isinstance(learner, Evaluates | Measures):
             return {}
-        generator = Generator(self.place.device).manual_seed(self._seed("evaluation", self.place.rank))
+        generator = Generator(device).manual_seed(self._seed("evaluation", self.place.rank))
+        own_codes = HeldOut(Generator(device).manual_seed(self._seed("encoding", self.place.rank)))
         sums: dict[str, float] = {}
         count = 0
         data = evaluation_batches(
@@ -181,15 +185,18 @@ class TrainingLoop:
         )
         with self.averaged_weights(), torch.no_grad(), closing(data) as batches:
             for images, labels in batches:
-                device = self.place.device
                 batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
-                for name, values in self.learner.evaluate(batch, generator).items():
-                    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+                if isinstance(learner, Evaluates):
+                    for name, values in learner.evaluate(batch, generator).items():
+                        sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+                if isinstance(learner, Measures):
+                    own_codes.add(learner, batch)
                 count += len(images)
         parts = gather((sums, count))  # a worker may have had no image
         total = sum(n for _, n in parts)
         names = {name: None for part, _ in parts for name in part}
-        return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in names}
+        means = {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in names}
+        return merged(means, own_codes.figures(learner)) if isinstance(learner, Measures) else means
 
     def save(self) -> None:
         """One bundle; called by every worker at the same step."""

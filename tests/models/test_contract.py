@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 
 import models
 from models import MODELS, dcgan, vae
-from models.contract import Batch, Evaluates, Exports, ImageShape, Learner, Reconstructs, Traverses
+from models.contract import (
+    UNKNOWN,
+    Batch,
+    Evaluates,
+    Exports,
+    ImageShape,
+    Learner,
+    Measures,
+    Reconstructs,
+    Traverses,
+)
 from tests.models.cases import CAPABILITIES, CASES, Case
 
 
@@ -260,7 +271,23 @@ def test_walks_are_rows_of_images(case: Case) -> None:
     assert isinstance(learner, Traverses)
     walk = learner.traverse(6, 3, rng())
     shape = case.shape
-    assert (walk.shape, walk.dtype) == ((6, 3, shape.channels, shape.height, shape.width), torch.uint8)
+    assert (walk.images.shape, walk.images.dtype) == ((6, 3, shape.channels, shape.height, shape.width), torch.uint8)
+    assert len(walk.titles) == 6
+
+
+@able(Measures)
+@pytest.mark.parametrize("labels", [(0, 1, 2, 0, 1), (1, 1, 1, 1, 1), (UNKNOWN,) * 5])
+def test_what_is_measured_of_codes_is_finite_whatever_the_labels(labels: tuple[int, ...], case: Case) -> None:
+    learner = make(case)
+    assert isinstance(learner, Measures)
+    factors = torch.rand(5, 3, generator=rng(2))
+    factors[:, 2] = 0.5  # one that does not vary
+    for columns in ({}, {"factors": factors}):
+        given = Batch(images(case.shape, 5), torch.tensor(labels), 0, columns)
+        codes = learner.encode(given, rng())
+        assert all(len(code) == 5 and not code.requires_grad for code in codes.values())
+        figures = learner.measure(codes, given.labels, given.columns)
+        assert all(isinstance(value, float) and math.isfinite(value) for value in figures.values()), figures
 
 
 def test_a_learner_can_do_what_its_case_says_and_nothing_else(case: Case) -> None:

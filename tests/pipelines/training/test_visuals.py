@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from models.contract import Batch, Metrics
+from models.contract import Batch, Metrics, Traversal
 from pipelines.training.visuals import BACKGROUND, Gallery, animate, frame_times, grid, pairs, png, walks
 
 CLOCKS = st.sampled_from(["linear", "log"])
@@ -84,8 +84,23 @@ def test_pairs_put_the_reconstruction_below() -> None:
 
 def test_walks_have_a_row_each() -> None:
     images = torch.from_numpy(flat(1, 2, 3, 4, 5, 6)).unflatten(0, (2, 3))
-    assert (walks(images) == grid(images.flatten(0, 1), 3)).all()
-    assert set(walks(images)[-3, :, 0].tolist()) == {4, 5, 6, BACKGROUND}
+    picture = walks(Traversal(images, ["", ""]))
+    assert (picture == grid(images.flatten(0, 1), 3)).all()
+    assert set(picture[-3, :, 0].tolist()) == {4, 5, 6, BACKGROUND}
+
+
+def test_the_title_of_a_walk_stands_beside_its_row() -> None:
+    images = torch.from_numpy(flat(1, 2, 3, 4, 5, 6, 7, 8, 9)).unflatten(0, (3, 3))
+    pictures = grid(images.flatten(0, 1), 3)
+    titled = walks(Traversal(images, ["digit category", "", "c2"]))
+    left = titled.shape[1] - pictures.shape[1]
+    assert left > 50 and (titled[:, left:] == pictures).all()
+    tops = [2 + row * (pictures.shape[0] - 2) // 3 for row in range(3)]
+    written = [(titled[top : top + 43, :left] < 128).any(axis=(0, 2)) for top in tops]
+    assert [columns.sum() > 0 for columns in written] == [True, False, True]
+    assert written[0].sum() > written[2].sum(), "the longer title"
+    assert (titled[[0, 1, -1, -2], :left] == BACKGROUND).all()
+    assert not written[0][:2].any() and not written[0][-2:].any(), "nothing is cut off"
 
 
 def test_png_gives_back_pixels_and_clock() -> None:
@@ -181,8 +196,9 @@ class DrawsEverything(Draws):
     def reconstruct(self, images: Tensor, generator: Generator) -> Tensor:
         return 255 - images
 
-    def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
-        return torch.arange(rows * steps, dtype=torch.uint8).reshape(rows, steps, 1, 1, 1).expand(-1, -1, 1, 2, 2)
+    def traverse(self, rows: int, steps: int, generator: Generator) -> Traversal:
+        values = torch.arange(rows * steps, dtype=torch.uint8).reshape(rows, steps, 1, 1, 1)
+        return Traversal(values.expand(-1, -1, 1, 2, 2), [""] * rows)
 
 
 GALLERY = Gallery(columns=3, frames=5, clock="linear", total_images=1000, seed=7)
