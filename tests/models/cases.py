@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models import ModelConfig, dcgan, vae
-from models.contract import Diagnoses, Evaluates, Exports, ImageShape, Reconstructs, Traverses
+from models import ModelConfig, dcgan, semi_supervised, vae
+from models.contract import (
+    Asks,
+    Classifies,
+    Diagnoses,
+    Evaluates,
+    Exports,
+    ExportsClassifier,
+    ImageShape,
+    InitialisesFromData,
+    Reconstructs,
+    Traverses,
+)
 
-CAPABILITIES = (Diagnoses, Evaluates, Exports, Reconstructs, Traverses)
+CAPABILITIES = (
+    Asks,
+    Classifies,
+    Diagnoses,
+    Evaluates,
+    Exports,
+    ExportsClassifier,
+    InitialisesFromData,
+    Reconstructs,
+    Traverses,
+)
+CLASSIFIER = {Asks, Classifies, Diagnoses, Evaluates, Exports, ExportsClassifier, InitialisesFromData}
+VAE = {Diagnoses, Evaluates, Exports, Reconstructs, Traverses}
 
 
 class Case(NamedTuple):
@@ -19,7 +42,9 @@ class Case(NamedTuple):
 # fmt: off
 CASES: dict[str, Case] = {
     "dcgan": Case(dcgan.Config(latent=8, generator_width=4, discriminator_width=4), ImageShape(3, 16, 16), {Diagnoses, Exports}),  # noqa: E501
-    "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), {*CAPABILITIES}),
-    "vae-gaussian": Case(vae.Config(latent=4, hidden=16, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8), {*CAPABILITIES}),  # noqa: E501
+    "semi-supervised": Case(semi_supervised.Config(latent=6, classes=2, width=0.02), ImageShape(1, 8, 8), CLASSIFIER),
+    "semi-supervised-convolutional": Case(semi_supervised.Config("svhn", classes=2, latent=6, width=0.04, learning_rate=3e-4), ImageShape(3, 16, 16), CLASSIFIER),  # noqa: E501
+    "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), VAE),
+    "vae-gaussian": Case(vae.Config(latent=4, hidden=16, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8), VAE),  # noqa: E501
 }
 # fmt: on
