@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models import ModelConfig, dcgan, semi_supervised, vae
+from models import ModelConfig, dcgan, imagenet, semi_supervised, vae
 from models.contract import (
     Asks,
     Classifies,
@@ -42,6 +42,7 @@ class Case(NamedTuple):
 # fmt: off
 CASES: dict[str, Case] = {
     "dcgan": Case(dcgan.Config(latent=8, generator_width=4, discriminator_width=4), ImageShape(3, 16, 16), {Diagnoses, Exports}),  # noqa: E501
+    "improved-gan-imagenet": Case(imagenet.Config(6, generator_width=4, discriminator_width=2, kernels=2, kernel_dimensions=2, classes=2, reference=3), ImageShape(3, 32, 32), {Asks, Diagnoses, Exports}),  # noqa: E501
     "semi-supervised": Case(semi_supervised.Config(latent=6, classes=2, width=0.02), ImageShape(1, 8, 8), CLASSIFIER),
     "semi-supervised-convolutional": Case(semi_supervised.Config("svhn", classes=2, latent=6, width=0.04, learning_rate=3e-4), ImageShape(3, 16, 16), CLASSIFIER),  # noqa: E501
     "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), VAE),
