@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
-from models.contract import Learner, Reconstructs, Traversal, Traverses
+from models.contract import Classifies, Learner, Reconstructs, Traversal, Traverses
 
 GAP = 2  # pixels between and around the images of a grid
 BACKGROUND = 255
@@ -34,6 +34,9 @@ _CAPTION = 20  # pixels under a frame, for the clock
 _FONT, _INK, _MARGIN = 13, (60, 60, 60), 6  # size and colour of what is written, pixels of background beside it
 _GIF_SIDE, _GIF_BYTES, _GIF_COLOURS = 512, 4 * 10**6, 128
 _CLOCK = "images_seen"  # key of the PNG text chunk
+
+_FRAME, _NAME = 3, 15  # pixels: the frame around a classified image, and the line beneath it
+_RIGHT, _WRONG = (60, 60, 60), (200, 0, 0)
 
 
 def grid(images: Tensor | np.ndarray, columns: int, *, scale: int | None = None, gap: int = GAP) -> np.ndarray:
@@ -81,6 +84,35 @@ def walks(traversal: Traversal) -> np.ndarray:
     return np.asarray(canvas)
 
 
+def predictions(images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[str], columns: int) -> np.ndarray:
+    """uint8 (N, C, H, W), labels (N,), logits (N, K) -> a grid (H', W', 3) with the predicted class beneath each image.
+
+    A wrong one is framed in red and says what it is instead. `names` are the classes', else their numbers are shown;
+    an image with a negative label is neither right nor wrong."""
+    tiles = []
+    for image, label, predicted in zip(images, labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        picture = Image.fromarray(grid(image[None], 1, gap=0))
+        wrong = 0 <= label != predicted
+        tiles.append(_classified(picture, _name(names, predicted), _name(names, label) if wrong else None))
+    return grid(np.stack(tiles).transpose(0, 3, 1, 2), columns, scale=1)
+
+
+def _classified(picture: Image.Image, said: str, truth: str | None) -> np.ndarray:
+    colour = _RIGHT if truth is None else _WRONG
+    width, height = picture.size
+    tile = Image.new("RGB", (width + 2 * _FRAME, height + 2 * _FRAME + _NAME), (BACKGROUND,) * 3)
+    if truth is not None:
+        tile.paste(colour, (0, 0, tile.width, height + 2 * _FRAME))
+    tile.paste(picture, (_FRAME, _FRAME))
+    text = said if truth is None else f"{said}, not {truth}"
+    ImageDraw.Draw(tile).text((_FRAME, height + 2 * _FRAME), text, fill=colour, font=ImageFont.load_default(10))
+    return np.asarray(tile)
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) else str(label)
+
+
 def png(array: np.ndarray, images_seen: int | None = None) -> bytes:
     """uint8 (H, W, 3) -> a PNG file, with the clock inside when given."""
     info = PngInfo()
@@ -112,7 +144,7 @@ def frame_times(total_images: int, frames: int, clock: Literal["linear", "log"])
 class Drawing:
     samples: Tensor  # uint8 (N, C, H, W); the grid shows the first of them
     pictures: dict[str, bytes]
-    """Path -> PNG: samples/000000012800.png always, reconstructions/… and traversals/… if the learner can."""
+    """Path -> PNG: samples/000000012800.png always; reconstructions/…, traversals/…, predictions/… if it can."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +161,16 @@ class Gallery:
         """True when a frame's time lies in (before, images_seen]; `before` is -1 at the start of a run."""
         return any(before < time <= images_seen for time in frame_times(self.total_images, self.frames, self.clock))
 
-    def draw(self, learner: Learner, images_seen: int, real_images: Tensor) -> Drawing:
-        """`real_images`: uint8 (B, C, H, W) on the learner's device; as many are reconstructed as fill half a grid."""
+    def draw(
+        self,
+        learner: Learner,
+        images_seen: int,
+        real_images: Tensor,
+        labels: Tensor | None = None,
+        names: Sequence[str] = (),
+    ) -> Drawing:
+        """`real_images`: uint8 (B, C, H, W) on the learner's device; as many are reconstructed as fill half a grid, and
+        as many classified as fill one, when their `labels` (B,) are given; `names` are the classes'."""
         device = real_images.device
         name = f"{images_seen:012d}.png"
         # A learner may draw from torch's global state; training must not notice that it did.
@@ -145,6 +185,10 @@ class Gallery:
             if isinstance(learner, Traverses):
                 walked = learner.traverse(self.columns, self.columns, self._latents(device))
                 pictures[f"traversals/{name}"] = walks(walked)
+            if isinstance(learner, Classifies) and labels is not None:
+                shown = real_images[: self.columns**2]
+                said = learner.classify(shown)
+                pictures[f"predictions/{name}"] = predictions(shown, labels[: len(shown)], said, names, self.columns)
         return Drawing(samples, {path: png(picture, images_seen) for path, picture in pictures.items()})
 
     def _latents(self, device: torch.device) -> Generator:

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 import models
-from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, Labelled, Measures
+from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, InitialisesFromData, Labelled, Measures
 from pipelines.data.labelled import LabelledSubset, load_subset
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
@@ -143,6 +143,9 @@ class TrainingLoop:
         batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
         if self.subset is not None:
             batch = self._semi_supervised(batch, self.subset)
+        if self.step == 0 and isinstance(self.learner, InitialisesFromData):
+            self.learner.initialise(batch, self.state.generator)
+            broadcast_from_first(self.learner.networks())
         # No cache of cast weights: it would live as long as the block, and a second forward pass of a step (a critic's
         # second update) would use the weights from before the first.
         mixed = training.precision == "bf16"
