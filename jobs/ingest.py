@@ -47,7 +47,7 @@ SOURCE_HELP = (
 
 FORMAT_HELP = (
     f"Format of the source: auto (looks inside), {', '.join(FORMATS)}."
-    " folders: CLASS/x.png or {train,test,val}/CLASS/x.png."
+    " folders: CLASS/x.png or {train,test,val}/CLASS/x.png. arrays: an .npz file as data/render_heads.py writes it."
 )
 
 

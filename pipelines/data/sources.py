@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 from pipelines.data.sources_arrays import cifar10_binary, cifar10_python, idx, idx_pairs
 from pipelines.data.sources_files import folders, imagenet_train, imagenet_val
 from pipelines.data.sources_io import Images, Source
+from pipelines.data.sources_npz import arrays, npz_file
 from pipelines.data.sources_tar import tar_members
 from pipelines.errors import FigmentError
 
@@ -29,9 +30,10 @@ FORMATS: dict[str, Callable[[Source], Images]] = {
     "imagenet-train": imagenet_train,
     "imagenet-val": imagenet_val,
     "folders": folders,
+    "arrays": arrays,
 }
 
-SPLITS_IN_TURN = ("idx", "imagenet-train", "imagenet-val", "folders")
+SPLITS_IN_TURN = ("arrays", "idx", "imagenet-train", "imagenet-val", "folders")
 """Formats that give one split after the other; the batches of CIFAR-10 lie in its archives in any order."""
 
 CITATIONS = {
@@ -55,6 +57,8 @@ def detect_format(source: Source) -> str:
     """The format that the contents of `source` show; `FigmentError` when there is nothing or it is unknown."""
     if idx_pairs(source):
         return "idx"
+    if npz_file(source):
+        return "arrays"
     kind = source.fs.get_file_info(source.path).type
     if kind == pafs.FileType.NotFound:
         source.refuse("there is no such file or folder")
