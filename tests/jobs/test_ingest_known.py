@@ -193,7 +193,7 @@ def test_progress_lines_have_share_and_speed_and_lie_over_each_other(
 def test_help_lists_what_is_known() -> None:
     done = subprocess.run([sys.executable, "-m", "jobs.ingest", "--help"], cwd=ROOT, capture_output=True, text=True)
     text = " ".join(done.stdout.replace("│", " ").split())
-    assert f"known by name, which is downloaded: {', '.join(KNOWN)}." in text
+    assert f"downloaded to $FIGMENT_CACHE (default: ~/.cache/figment): {', '.join(KNOWN)}." in text
 
 
 @pytest.mark.parametrize("known", KNOWN.values(), ids=KNOWN)
