@@ -158,6 +158,38 @@ _ENTRIES = (
         citation='A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
         licence="none stated",
     ),
+    Known(
+        name="cifar100",
+        format="cifar100-binary",
+        shape=(3, 32, 32),
+        files=_files(
+            (
+                "https://www.cs.toronto.edu/~kriz",
+                "https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets",
+            ),
+            ("cifar-100-binary.tar.gz", 168_513_733, "03b5dce01913d631647c71ecec9e9cb8"),
+        ),
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        published="md5: the page; size: TensorFlow Datasets, url_checksums/cifar100.txt",
+        citation='A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
+        licence="none stated",
+    ),
+    Known(  # without extra_32x32.mat, 1.3 GB: who wants it puts it beside the two and ingests the folder
+        name="svhn",
+        format="svhn",
+        shape=(3, 32, 32),
+        files=_files(
+            ("http://ufldl.stanford.edu/housenumbers", "https://ufldl.stanford.edu/housenumbers"),
+            ("train_32x32.mat", 182_040_794, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+            ("test_32x32.mat", 64_275_384, "eb5a983be6a315427106f1b164d9cef3"),
+        ),
+        page="http://ufldl.stanford.edu/housenumbers/",
+        published="md5: torchvision, torchvision/datasets/svhn.py; sizes: TensorFlow Datasets,"
+        " url_checksums/svhn_cropped.txt",
+        citation='Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng (2011), "Reading Digits in Natural Images'
+        ' with Unsupervised Feature Learning"',
+        licence="for non-commercial use, as Hugging Face states it",
+    ),
 )
 
 KNOWN: Mapping[str, Known] = {known.name: known for known in _ENTRIES}
