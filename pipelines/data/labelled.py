@@ -10,6 +10,7 @@ where a row is counted through the shards of the split in stored order.
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from pipelines.data.manifest import Manifest, Shard
 from pipelines.data.plan import permutation
 from pipelines.data.windows import Layout, read_rows
 from pipelines.errors import FigmentError
-from pipelines.objects import exists, read_json, write_json
+from pipelines.objects import exists, read_object, write_json
 
 MOST_BYTES = 2**30
 """Of the images of a subset, which every worker holds in memory."""
@@ -90,7 +91,7 @@ def choose_subset(fs: pafs.FileSystem, folder: str, manifest: Manifest, data: Da
     }
     path = f"{folder}/labelled.json"
     if exists(fs, path):
-        return _stored(read_json(fs, path), head, path)
+        return _stored(read_object(fs, path), head, path)
     labels = _labels(fs, manifest, data.split)
     rows = rows_by_class(labels, data.labels_per_class, data.labels_seed, manifest.label_names)
     size = sum(map(len, rows.values())) * Layout.of(manifest).width
@@ -125,8 +126,9 @@ def load_subset(fs: pafs.FileSystem, folder: str, manifest: Manifest, data: Data
     return LabelledSubset(images, labels, data.labels_seed)
 
 
-def _stored(body: dict[str, Any], head: dict[str, Any], path: str) -> dict[int, list[int]]:
+def _stored(data: bytes, head: dict[str, Any], path: str) -> dict[int, list[int]]:
     try:
+        body = json.loads(data)
         if {key: body[key] for key in head} == head:
             return {int(label): [int(row) for row in rows] for label, rows in body["rows"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:

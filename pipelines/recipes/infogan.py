@@ -94,13 +94,7 @@ RECIPES: dict[str, Recipe] = {
     "infogan-demo": Recipe(infogan_demo, Shipped("data/mnist-sample"), "2 CPU cores", "5 min"),
     "infogan-mnist": Recipe(infogan_mnist, Downloaded("mnist"), "one GPU"),
     "infogan-heads": Recipe(infogan_heads, Generated("data/render_heads.py"), "one GPU"),
-    "infogan-svhn": Recipe(
-        infogan_svhn,
-        Fetched(
-            "the 32x32 digits of ufldl.stanford.edu/housenumbers as train/CLASS/….png and test/CLASS/….png", "svhn"
-        ),
-        "one GPU",
-    ),
+    "infogan-svhn": Recipe(infogan_svhn, Downloaded("svhn"), "one GPU"),
     "infogan-celeba": Recipe(
         infogan_celeba,
         Fetched("img_align_celeba.zip of mmlab.ie.cuhk.edu.hk/projects/CelebA, unpacked", "img_align_celeba --size 64"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from models.gan import semi_supervised
 from pipelines.config import DataSpec, Expected, RunSpec, TrainingSpec
-from pipelines.recipes.recipe import Downloaded, Fetched, Recipe, Shipped
+from pipelines.recipes.recipe import Downloaded, Recipe, Shipped
 
 AVERAGE_OF_THE_PAPER = 1_386_000  # images: 6,931 steps of 200
 
@@ -101,10 +101,6 @@ def semi_supervised_cifar10() -> RunSpec:
 RECIPES: dict[str, Recipe] = {
     "semi-supervised-demo": Recipe(semi_supervised_demo, Shipped("data/mnist-sample"), "2 CPU cores", "6 min"),
     "semi-supervised-mnist": Recipe(semi_supervised_mnist, Downloaded("mnist"), "one GPU"),
-    "semi-supervised-svhn": Recipe(
-        semi_supervised_svhn,
-        Fetched("train_32x32.mat and test_32x32.mat from ufldl.stanford.edu/housenumbers", "FOLDER"),
-        "one GPU",
-    ),
+    "semi-supervised-svhn": Recipe(semi_supervised_svhn, Downloaded("svhn"), "one GPU"),
     "semi-supervised-cifar10": Recipe(semi_supervised_cifar10, Downloaded("cifar10"), "one GPU"),
 }

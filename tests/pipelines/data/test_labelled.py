@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -108,9 +109,10 @@ def test_a_run_keeps_the_rows_that_it_began_with(store: pafs.FileSystem) -> None
     write_json(store, path, {**body, "rows": {"0": body["rows"]["1"]}})
     with pytest.raises(FigmentError, match="gives other labels than shard"):
         load_subset(store, "runs/n", manifest, DATA)
-    write_json(store, path, {**body, "rows": {"0": ["x"]}})
-    with pytest.raises(FigmentError, match=r"labelled\.json cannot be read"):
-        choose_subset(store, "runs/n", manifest, DATA)
+    for damaged in (json.dumps({**body, "rows": {"0": ["x"]}}).encode(), b"", b'{"rows"', b"[1]"):
+        write_object(store, path, damaged)
+        with pytest.raises(FigmentError, match=r"labelled\.json cannot be read"):
+            choose_subset(store, "runs/n", manifest, DATA)
 
 
 def test_a_damaged_shard_and_a_large_subset_are_refused(
