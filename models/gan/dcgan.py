@@ -33,7 +33,6 @@ Deviations
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,12 +43,11 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics
-from models.layers import SAMPLE_BATCH, in_latent_chunks, require_at_least_one, to_uint8, to_unit
+from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit, with_frozen_statistics
 
 BASE = 4  # side of the smallest feature map
 LEAK = 0.2  # slope of the leaky ReLU below zero
 BN_EPS = 1e-8  # the released code's
-EXPORT_BATCHES = 16  # of SAMPLE_BATCH latents: 2,048 draws behind every frozen statistic
 
 D_CERTAIN = 0.97  # p_real above it and p_fake below 1 - it: |logits| > 3.5 on both sides, L_D < .06
 FOOLED = 0.7  # p_fake above it: D calls most of what G draws real
@@ -220,13 +218,8 @@ class DCGAN:
     @torch.no_grad()
     def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
         """G with frozen batch statistics, latents (B, d) in [-1, 1] -> images (B, C, H, W) in [0, 1]."""
-        frozen = copy.deepcopy(self.g).train()
-        for norm in frozen.modules():
-            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-                _track(norm)
-        for _ in range(EXPORT_BATCHES):
-            frozen(self._latents(SAMPLE_BATCH, generator))
-        return nn.Sequential(frozen, ToUnit()).eval().requires_grad_(False), self._latents(2, generator)
+        frozen = with_frozen_statistics(self.g, lambda n: self._latents(n, generator))
+        return nn.Sequential(frozen, ToUnit()).eval(), self._latents(2, generator)
 
     def _latents(self, n: int, generator: Generator) -> Tensor:
         """z ~ U(-1, 1), (n, d)."""
@@ -238,15 +231,6 @@ class ToUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + 1) / 2
-
-
-def _track(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-    """Makes `norm` average what it sees: a plain mean over batches, since momentum None weighs them alike."""
-    norm.track_running_stats, norm.momentum = True, None
-    device = norm.weight.device
-    norm.running_mean = torch.zeros(norm.num_features, device=device)
-    norm.running_var = torch.zeros(norm.num_features, device=device)
-    norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
 
 
 def build(config: Config, shape: ImageShape) -> DCGAN:
