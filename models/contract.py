@@ -92,6 +92,16 @@ class Asks(Protocol):
 
 
 @runtime_checkable
+class InitialisesFromData(Protocol):
+    """Has weights that the first images make (gains of normalised weights, …)."""
+
+    def initialise(self, batch: Batch, generator: Generator) -> None:
+        """Called once in a run, by every worker with the batch of its first step, before that step; afterwards all have
+        the first worker's weights and buffers. In fp32, uncompiled."""
+        ...
+
+
+@runtime_checkable
 class Evaluates(Protocol):
     """Has a number on held-out images."""
 
@@ -155,4 +165,13 @@ class Exports(Protocol):
 
     def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
         """(module in eval mode, example input with a batch dimension): latents in, images in [0, 1] out."""
+        ...
+
+
+@runtime_checkable
+class ExportsClassifier(Protocol):
+    """Can be published as a classifier too, beside what `Exports` publishes."""
+
+    def export_classifier(self) -> tuple[nn.Module, Tensor]:
+        """(module in eval mode, example input with a batch dimension): images in [0, 1] in, probabilities out."""
         ...

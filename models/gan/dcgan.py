@@ -88,7 +88,7 @@ class GeneratorNetwork(nn.Module):
         for wide, narrow in pairwise(widths):
             layers += [_up(wide, narrow), nn.BatchNorm2d(narrow, eps=BN_EPS, track_running_stats=False), nn.ReLU()]
         self.upsample = nn.Sequential(*layers, _up(widths[-1], shape.channels), nn.Tanh())
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, z: Tensor) -> Tensor:
         h = F.relu(self.project_norm(self.project(z)))
@@ -107,7 +107,7 @@ class DiscriminatorNetwork(nn.Module):
             layers += [_down(narrow, wide), norm, nn.LeakyReLU(LEAK)]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.classify = nn.Linear(widths[-1] * BASE * BASE, 1, bias=False)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x)).squeeze(1)
@@ -121,9 +121,12 @@ def _down(narrow: int, wide: int) -> nn.Module:
     return nn.Conv2d(narrow, wide, 5, stride=2, padding=2, bias=False)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Weights from N(0, .02), gains of batch norms from N(1, .02), biases and shifts 0."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 import models
-from models.contract import Batch, Evaluates, ImageShape
+from models.contract import Batch, Evaluates, ImageShape, InitialisesFromData
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
 from pipelines.errors import FigmentError
@@ -134,6 +134,9 @@ class TrainingLoop:
         """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,)."""
         training, device = self.spec.training, self.place.device
         batch = Batch(_to(device, images), _to(device, labels), self.images_seen)
+        if self.step == 0 and isinstance(self.learner, InitialisesFromData):
+            self.learner.initialise(batch, self.state.generator)
+            broadcast_from_first(self.learner.networks())
         # No cache of cast weights: it would live as long as the block, and a second forward pass of a step (a critic's
         # second update) would use the weights from before the first.
         mixed = training.precision == "bf16"
