@@ -2,9 +2,9 @@
 
     L <- L + w || theta - (1/t) sum_{i <= t} theta_i ||^2        theta_i: the weights at update i of this network
 
-added to the loss of either player, so that it does not run round in circles: the mean of a circle is its centre, and the
-term pulls there. The mean is a constant to the gradient, 2 w (theta - mean). The released code has none of it; the
-weight w is not in the paper.
+added to the loss of either player, so that it does not run round in circles: the mean of a circle is its centre, and
+the term pulls there. The mean is a constant to the gradient, 2 w (theta - mean). The released code has none of it; its
+weight w is ours.
 
 A network of its own, all buffers: what a checkpoint must bring back is a weight or a buffer. It is the same on every
 worker, since the weights are.
@@ -37,7 +37,8 @@ class HistoricalAverage(nn.Module):
     def distance(self, network: nn.Module) -> Tensor:
         """|| theta - mean ||^2 over all weights, a scalar."""
         squares = [
-            (parameter - self.get_buffer(_buffer(name))).square().sum() for name, parameter in network.named_parameters()
+            (parameter - self.get_buffer(_buffer(name))).square().sum()
+            for name, parameter in network.named_parameters()
         ]
         return torch.stack(squares).sum()
 

@@ -7,10 +7,10 @@
     saturating      the same                             -E sp(f)               the same, eq. 1: E log(1 - D(G(z)))
     hinge           E max(0, 1 - r) + E max(0, 1 + f)    -E f                   Lim, Ye 2017, 1705.02894
     wasserstein     -E r + E f                           -E f                   Arjovsky et al. 2017, 1701.07875, eq. 2
-    relativistic    E sp(-(r - f))                       E sp(-(f - r))         Jolicoeur-Martineau 2018, 1807.00734 (RpGAN)
+    relativistic    E sp(-(r - f))                       E sp(-(f - r))         Jolicoeur-Martineau 2018, 1807.00734
 
 `wasserstein` measures a distance only where D's slope is bounded: by a penalty (`penalties.py`) or by spectral
-normalisation. `relativistic` pairs each real image with one drawn image, in the order in which they come.
+normalisation. `relativistic` (its RpGAN) pairs each real image with one drawn image, in the order in which they come.
 
 One-sided label smoothing (Salimans et al. 2016, 1606.03498, §3.4): real images get the label alpha instead of 1,
 
@@ -52,12 +52,12 @@ def smoothed_cross_entropy(real: Tensor, fake: Tensor, alpha: float) -> Tensor:
     return cross_entropy(real, fake) + (1 - alpha) * real.float().mean()  # sp(r) = sp(-r) + r
 
 
-def non_saturating(real: Tensor, fake: Tensor) -> Tensor:
+def non_saturating(fake: Tensor) -> Tensor:
     """-E log D(G(z)): a full gradient where D is certain."""
     return F.softplus(-fake.float()).mean()
 
 
-def saturating(real: Tensor, fake: Tensor) -> Tensor:
+def saturating(fake: Tensor) -> Tensor:
     """E log(1 - D(G(z))), the minimax game's: no gradient where D is certain."""
     return -F.softplus(fake.float()).mean()
 
@@ -72,7 +72,7 @@ def critic(real: Tensor, fake: Tensor) -> Tensor:
     return fake.float().mean() - real.float().mean()
 
 
-def raised(real: Tensor, fake: Tensor) -> Tensor:
+def raised(fake: Tensor) -> Tensor:
     """-E f."""
     return -fake.float().mean()
 
@@ -88,10 +88,10 @@ def relativistic_generator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 GAMES: dict[Game, Losses] = {
-    "non-saturating": Losses(cross_entropy, non_saturating),
-    "saturating": Losses(cross_entropy, saturating),
-    "hinge": Losses(hinge, raised),
-    "wasserstein": Losses(critic, raised),
+    "non-saturating": Losses(cross_entropy, lambda real, fake: non_saturating(fake)),
+    "saturating": Losses(cross_entropy, lambda real, fake: saturating(fake)),
+    "hinge": Losses(hinge, lambda real, fake: raised(fake)),
+    "wasserstein": Losses(critic, lambda real, fake: raised(fake)),
     "relativistic": Losses(relativistic_discriminator, relativistic_generator),
 }
 

@@ -72,7 +72,9 @@ def best_logits(p_data: Tensor, p_model: Tensor, alpha: float) -> Tensor:
         real = torch.cat([logits[i].expand(int(p * 100)) for i, p in enumerate(p_data)])
         fake = torch.cat([logits[i].expand(int(p * 100)) for i, p in enumerate(p_model)])
         (gradient,) = torch.autograd.grad(smoothed_cross_entropy(real, fake, alpha), logits, create_graph=True)
-        curvature = torch.stack([torch.autograd.grad(g, logits, retain_graph=True)[0][i] for i, g in enumerate(gradient)])
+        curvature = torch.stack(
+            [torch.autograd.grad(g, logits, retain_graph=True)[0][i] for i, g in enumerate(gradient)]
+        )
         logits = (logits - gradient / curvature).detach().requires_grad_()
     return logits.detach()
 

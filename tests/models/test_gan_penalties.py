@@ -59,7 +59,8 @@ def test_the_second_derivative_is_autograds_of_one_image_after_the_other() -> No
     def alone(*given: Tensor) -> Tensor:
         w, b, v = given
         slopes = [
-            torch.autograd.grad((torch.tanh(one.flatten() @ w.T + b) @ v.T).sum(), one, create_graph=True)[0] for one in x
+            torch.autograd.grad((torch.tanh(one.flatten() @ w.T + b) @ v.T).sum(), one, create_graph=True)[0]
+            for one in x
         ]
         return torch.stack([slope.square().sum() for slope in slopes]).mean() / 2
 
