@@ -53,7 +53,9 @@ from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics, Traversal
 from models.gan.codes import Codes, told_of_factors
-from models.gan.dcgan import discriminator_loss, generator_loss, initialise, state_of_the_game
+from models.gan.dcgan import state_of_the_game
+from models.gan.dcgan_networks import initialise
+from models.gan.losses import cross_entropy, non_saturating
 from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit, with_frozen_statistics
 from models.metrics.disentanglement import majority_accuracy
 
@@ -215,7 +217,7 @@ class InfoGAN:
         self.optimizer_d.zero_grad(set_to_none=True)
         real_logits, _ = self.d(x)
         fake_logits, said = self.d(fake.detach())
-        loss_d = discriminator_loss(real_logits, fake_logits)
+        loss_d = cross_entropy(real_logits, fake_logits)
         bounds = self._bounds(latents, said)
         (loss_d - self._weighted(bounds)).backward()
         self.optimizer_d.step()
@@ -223,7 +225,7 @@ class InfoGAN:
         self.optimizer_g.zero_grad(set_to_none=True)
         self.d.requires_grad_(False)  # the generator's losses pass through D and Q without making gradients for them
         judged, read = self.d(fake)
-        loss_g = generator_loss(judged)
+        loss_g = non_saturating(judged)
         (loss_g - self._weighted(self._bounds(latents, read))).backward()
         self.d.requires_grad_(True)
         self.optimizer_g.step()
