@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from infra.storage import StorageError, explain, redact, s3_client_options
+from infra.storage import StorageError, explain, local_path, redact, s3_client_options
 
 # One request must not outlive a lease that it should renew (30 s by default): with the second try 17 s at worst.
 CONNECT_TIMEOUT_S = 3.0
@@ -48,7 +48,7 @@ def open_conditional(url: str) -> ConditionalStore:
             _probe(bucket, url)
             return bucket
         if parts.scheme in ("", "file"):
-            folder = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
+            folder = local_path(unquote(parts.path) if parts.scheme else url)
             folder.mkdir(parents=True, exist_ok=True)
             return FolderConditional(folder)
     except OSError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from infra.private import write_secret
 from infra.processes import Running
+from infra.storage import local_path
 
 SOCKET_PATH = 103
 """Characters that the path of a unix socket may have (one less than macOS has room for)."""
@@ -56,7 +57,7 @@ class Home:
 
 def default_home() -> Home:
     chosen = os.environ.get("FIGMENT_HOME")
-    return Home(Path(chosen).expanduser().absolute() if chosen else Path(__file__).resolve().parents[1] / ".figment")
+    return Home(local_path(chosen) if chosen else Path(__file__).resolve().parents[1] / ".figment")
 
 
 @dataclass

@@ -40,9 +40,17 @@ def cache_folder() -> Path:
     """For what can be downloaded again: `FIGMENT_CACHE`, else `figment` in the user's cache folder."""
     chosen = os.environ.get("FIGMENT_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return local_path(chosen)
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")  # which counts only when it is absolute
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "figment"
+
+
+def local_path(text: str) -> Path:
+    """The absolute path; `StorageError` for a `~name` of nobody."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise StorageError(f"{text} is in no one's home folder: there is no user of that name here") from error
 
 
 def default_patience_s() -> float:
@@ -73,7 +81,7 @@ def open_storage(url: str, patience_s: float | None = None) -> pafs.FileSystem:
                 url, parts.netloc, parts.path, default_patience_s() if patience_s is None else patience_s
             )
         if parts.scheme in ("", "file"):
-            folder = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
+            folder = local_path(unquote(parts.path) if parts.scheme else url)
             folder.mkdir(parents=True, exist_ok=True)
             return pafs.SubTreeFileSystem(str(folder), pafs.LocalFileSystem())
     except OSError as error:
@@ -93,7 +101,7 @@ def open_source(url: str) -> tuple[pafs.FileSystem, str]:
     if parts.scheme in ("http", "https"):
         return _http(url), url
     if parts.scheme in ("", "file"):
-        path = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
+        path = local_path(unquote(parts.path) if parts.scheme else url)
         return pafs.LocalFileSystem(), str(path)
     raise StorageError(f"cannot read {redact(url)}: sources are local paths, file://, s3://, https:// and http://")
 

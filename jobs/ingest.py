@@ -14,12 +14,20 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from infra.storage import StorageError, cache_folder, default_store, explain, open_source, open_storage, redact
+from infra.storage import (
+    StorageError,
+    cache_folder,
+    default_store,
+    explain,
+    local_path,
+    open_source,
+    open_storage,
+    redact,
+)
 from jobs.entry import connect_ray, run_job
 from pipelines.data.download import PublishedFile
 from pipelines.data.ingest import IngestResult, Progress, ingest, ingested
@@ -32,13 +40,15 @@ from pipelines.errors import FigmentError
 LOG_EVERY_S = 5.0  # a line of its own, where there is no terminal to overwrite one
 
 SOURCE_HELP = (
-    "Archive or folder to read: a local path, https://… or s3://…; IDX: the folder, or one of the images files."
-    f" Or a data set known by name, which is downloaded: {', '.join(KNOWN)}."
+    "Archive or folder to read: a local path, https://… or s3://…; IDX and SVHN: the folder, or one of the image files."
+    f" Or a data set known by name, which is downloaded to $FIGMENT_CACHE"
+    f" (default: ~/.cache/figment): {', '.join(KNOWN)}."
 )
 
 FORMAT_HELP = (
     f"Format of the source: auto (looks inside), {', '.join(FORMATS)}."
-    " folders: CLASS/x.png or {train,test,val}/CLASS/x.png."
+    " folders: CLASS/x.png or {train,test,val}/CLASS/x.png. arrays: an .npz file as data/render_heads.py writes it."
+    " svhn: {train,test,extra}_32x32.mat, those that are there."
 )
 
 
@@ -53,7 +63,7 @@ class IngestJob:
     format: Annotated[str, tyro.conf.arg(help=FORMAT_HELP)] = "auto"
     size: int | None = None
     """Side of the stored images in pixels: shorter side to this size, then a centre crop (32, 64, 128, 256).
-    Default: 64 for image files; CIFAR-10 and IDX keep their own."""
+    Default: 64 for image files; CIFAR, SVHN and IDX keep their own."""
     encoding: Literal["auto", "raw", "png", "jpeg", "webp"] = "auto"
     """How images are stored; auto: raw pixels up to 64x64, else webp. Only jpeg (quality 95) loses something."""
     rows_per_shard: int | None = None
@@ -70,7 +80,7 @@ class IngestJob:
     a pixel, on as many images at once as the cluster has CPUs."""
     max_ratio: int = 200
     """How many times its own size a compressed archive may unpack to (1 GB it always may), and an image file may
-    become in pixels (64 MB it always may). ImageNet, CIFAR and MNIST are far within all three."""
+    become in pixels (64 MB it always may). ImageNet, CIFAR, SVHN and MNIST are far within all three."""
     val_labels: str | None = None
     """Ground truth of ILSVRC2012_img_val.tar: a line an image, WordNet id or number 1 … 1000; without: unlabelled."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -126,7 +136,7 @@ def carry_out(job: IngestJob, by_name: Known | None, called: str | None = None) 
 
 def _known(job: IngestJob, known: Mapping[str, Known]) -> Known | None:
     """The data set that is meant by name. A file or folder of that name goes before it."""
-    if "/" in job.source or Path(job.source).expanduser().exists():
+    if "/" in job.source or local_path(job.source).exists():
         if job.dataset_name is None:
             hint = " (the file or folder here is meant, not the data set known by that name)"
             raise FigmentError(

@@ -92,6 +92,16 @@ class Asks(Protocol):
 
 
 @runtime_checkable
+class InitialisesFromData(Protocol):
+    """Has weights that the first images make (gains of normalised weights, …)."""
+
+    def initialise(self, batch: Batch, generator: Generator) -> None:
+        """Called once in a run, by every worker with the batch of its first step, before that step; afterwards all have
+        the first worker's weights and buffers. In fp32, uncompiled."""
+        ...
+
+
+@runtime_checkable
 class Evaluates(Protocol):
     """Has a number on held-out images."""
 
@@ -118,7 +128,7 @@ class Measures(Protocol):
         ...
 
     def measure(self, codes: Mapping[str, Tensor], labels: Tensor, columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """The same for all held-out images together, on the CPU, in stored order -> figures."""
+        """The same for all held-out images together, on the CPU, in stored order -> figures, each of them finite."""
         ...
 
 
@@ -131,13 +141,19 @@ class Reconstructs(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Traversal:
+    """Walks along a latent space."""
+
+    images: Tensor  # uint8 (rows, steps, C, H, W): each row is one walk
+    titles: list[str]  # what each row walks along; "" where there is nothing to say
+
+
 @runtime_checkable
 class Traverses(Protocol):
     """Walks along its latent space."""
 
-    def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
-        """uint8 (rows, steps, C, H, W): each row is one walk."""
-        ...
+    def traverse(self, rows: int, steps: int, generator: Generator) -> Traversal: ...
 
 
 @runtime_checkable
@@ -155,4 +171,13 @@ class Exports(Protocol):
 
     def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
         """(module in eval mode, example input with a batch dimension): latents in, images in [0, 1] out."""
+        ...
+
+
+@runtime_checkable
+class ExportsClassifier(Protocol):
+    """Can be published as a classifier too, beside what `Exports` publishes."""
+
+    def export_classifier(self) -> tuple[nn.Module, Tensor]:
+        """(module in eval mode, example input with a batch dimension): images in [0, 1] in, probabilities out."""
         ...

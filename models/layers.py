@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLE_BATCH = 128
 """Latents that are drawn, and decoded, together when sampling: the batch size of the DCGAN paper."""
@@ -31,6 +32,27 @@ def in_latent_chunks(n: int, draw: Callable[[int], Tensor], decode: Callable[[Te
         raise ValueError(f"n is the number of images to draw and must be at least 1, not {n}")
     chunks = [decode(draw(SAMPLE_BATCH)) for _ in range(-(-n // SAMPLE_BATCH))]
     return torch.cat(chunks)[:n]
+
+
+EXPORT_BATCHES = 16
+"""Of SAMPLE_BATCH latents: 2,048 draws behind every frozen statistic."""
+
+
+@torch.no_grad()
+def with_frozen_statistics(network: nn.Module, draw: Callable[[int], Tensor]) -> nn.Module:
+    """A copy in eval mode whose batch norms have the mean statistics of EXPORT_BATCHES batches of `draw(SAMPLE_BATCH)`
+    latents, so that it decodes one image alone. Those of `network` keep none (`track_running_stats=False`)."""
+    frozen = copy.deepcopy(network).train()
+    device = next(frozen.parameters()).device
+    for norm in frozen.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.track_running_stats, norm.momentum = True, None  # None: a plain mean, every batch weighs alike
+            norm.running_mean = torch.zeros(norm.num_features, device=device)
+            norm.running_var = torch.zeros(norm.num_features, device=device)
+            norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
+    for _ in range(EXPORT_BATCHES):
+        frozen(draw(SAMPLE_BATCH))
+    return frozen.eval().requires_grad_(False)
 
 
 def require_at_least_one(config: object, *fields: str) -> None:

@@ -28,6 +28,10 @@ class DataSpec:
     """Shards whose rows are permuted together; what one read task holds in memory."""
     prefetch_batches: int = 4
     """Batches that wait ready in a worker."""
+    labels_per_class: int | None = None
+    """Labels of each class that the model may see while it trains, for semi-supervised learning; None: all."""
+    labels_seed: int = 0
+    """Draws the images that keep their labels."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,12 @@ class RunSpec:
         }.items():
             if value < 1:
                 raise FigmentError(f"{name} is {value}; it must be at least 1")
+        if self.data.labels_per_class is not None and self.data.labels_per_class < 1:
+            raise FigmentError(
+                f"--data.labels-per-class is {self.data.labels_per_class}; it must be at least 1, or None"
+            )
+        if self.data.labels_seed < 0:
+            raise FigmentError(f"--data.labels-seed is {self.data.labels_seed}; it must be at least 0")
         if not self.data.dataset.partition("@")[0]:
             raise FigmentError(f"--data.dataset is {self.data.dataset!r}; it must be NAME or NAME@VERSION")
         if self.visuals.frames < 2:
@@ -159,13 +169,13 @@ class RunSpec:
 
 
 def spec_from_dict(body: dict[str, Any]) -> RunSpec:
-    """Inverse of `RunSpec.to_dict`, for specs stored in checkpoints and model artifacts."""
-
+    """Inverse of `RunSpec.to_dict`, for specs stored in checkpoints and model artifacts; tuples came as lists."""
     config_type = MODELS[body["model_name"]].config
+    model = {name: tuple(value) if isinstance(value, list) else value for name, value in body["model"].items()}
     expected = body["expected"]
     return RunSpec(
         recipe=body["recipe"],
-        model=config_type(**body["model"]),
+        model=config_type(**model),
         data=DataSpec(**body["data"]),
         training=TrainingSpec(**body["training"]),
         visuals=VisualsSpec(**body["visuals"]),

@@ -51,7 +51,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adagrad, Adam, Optimizer
 
-from models.contract import Batch, ImageShape, Metrics
+from models.contract import Batch, ImageShape, Metrics, Traversal
 from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit
 
 LOG_VARIANCE_BOUND = 15.0
@@ -260,7 +260,7 @@ class VAE:
         return to_uint8(self._images(self.decoder.mean(mu)))
 
     @torch.no_grad()
-    def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
+    def traverse(self, rows: int, steps: int, generator: Generator) -> Traversal:
         """Each row walks one coordinate of z from -3 to 3 in even steps; the others as drawn.
 
         The coordinates are those to which the decoder's first layer gives the largest weights, largest first; each row
@@ -276,7 +276,7 @@ class VAE:
             for row in range(rows):
                 z[row, :, order[row % len(order)]] = torch.linspace(-WALK, WALK, steps, device=generator.device)
             images = self._images(self.decoder.mean(z.flatten(0, 1)))
-        return to_uint8(images).unflatten(0, (rows, steps))
+        return Traversal(to_uint8(images).unflatten(0, (rows, steps)), [""] * rows)
 
     def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
         if metrics["kl"] < COLLAPSED_KL:

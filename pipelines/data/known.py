@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 from pipelines.data.download import Patience, PublishedFile, fetch, is_whole
 from pipelines.data.ingest_options import IngestOptions, Layout, layout_of
 from pipelines.data.sources_io import EncodedImage, Limits, RawImage, Source
+from pipelines.errors import FigmentError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,13 @@ class Known:
         return cache / "datasets" / self.name
 
     def missing(self, cache: Path) -> tuple[PublishedFile, ...]:
-        return tuple(file for file in self.files if not is_whole(file, self.folder(cache) / file.name))
+        """Files of which `cache` has none, or another one; `FigmentError` when that cannot be told."""
+        try:
+            return tuple(file for file in self.files if not is_whole(file, self.folder(cache) / file.name))
+        except OSError as error:
+            raise FigmentError(
+                f"{self.folder(cache)} cannot be read ({error.strerror or error}): set FIGMENT_CACHE to another folder"
+            ) from error
 
     def layout(self, options: IngestOptions) -> Layout:
         """What `options` come to for its images, of which nothing need be here yet."""
@@ -150,6 +157,38 @@ _ENTRIES = (
         published="md5: the page",
         citation='A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
         licence="none stated",
+    ),
+    Known(
+        name="cifar100",
+        format="cifar100-binary",
+        shape=(3, 32, 32),
+        files=_files(
+            (
+                "https://www.cs.toronto.edu/~kriz",
+                "https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets",
+            ),
+            ("cifar-100-binary.tar.gz", 168_513_733, "03b5dce01913d631647c71ecec9e9cb8"),
+        ),
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        published="md5: the page; size: TensorFlow Datasets, url_checksums/cifar100.txt",
+        citation='A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
+        licence="none stated",
+    ),
+    Known(  # without extra_32x32.mat, 1.3 GB: who wants it puts it beside the two and ingests the folder
+        name="svhn",
+        format="svhn",
+        shape=(3, 32, 32),
+        files=_files(
+            ("http://ufldl.stanford.edu/housenumbers", "https://ufldl.stanford.edu/housenumbers"),
+            ("train_32x32.mat", 182_040_794, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+            ("test_32x32.mat", 64_275_384, "eb5a983be6a315427106f1b164d9cef3"),
+        ),
+        page="http://ufldl.stanford.edu/housenumbers/",
+        published="md5: torchvision, torchvision/datasets/svhn.py; sizes: TensorFlow Datasets,"
+        " url_checksums/svhn_cropped.txt",
+        citation='Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng (2011), "Reading Digits in Natural Images'
+        ' with Unsupervised Feature Learning"',
+        licence="for non-commercial use, as Hugging Face states it",
     ),
 )
 

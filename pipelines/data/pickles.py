@@ -1,4 +1,4 @@
-"""The pickles of the Python archive of CIFAR-10: dicts of bytes, numbers, lists and uint8 arrays, and nothing else.
+"""The pickles of the Python archives of CIFAR: dicts of bytes, numbers, lists and uint8 arrays, and nothing else.
 
 They are read by a machine of our own. `pickle.Unpickler` is no choice, whatever its `find_class` lets through: NumPy's
 `dtype` and `ndarray` can be told to take bytes of the file for object pointers, and opcodes as LONG_BINPUT allocate
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-OPCODES = 300_000  # an official batch of 10,000 images has about 40,000
+OPCODES = 300_000  # an official batch of 10,000 images of CIFAR-10 has about 40,000
 
 
 class PickleError(Exception):
@@ -160,15 +160,16 @@ _OPCODES: dict[str, Callable[[_Machine, Any], object]] = (
 """What protocols 2 to 4 write for such dicts."""
 
 
-def unpickle(data: bytes) -> dict[bytes, Any]:
-    """The dict that `data` is a pickle of, its arrays as NumPy arrays; `PickleError` for everything else."""
+def unpickle(data: bytes, opcodes: int = OPCODES) -> dict[bytes, Any]:
+    """The dict that `data` is a pickle of, its arrays as NumPy arrays; `PickleError` for everything else, and for more
+    than so many opcodes."""
     machine = _Machine()
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "STOP":
                 break
-            if count == OPCODES:
-                raise PickleError(f"it has more than {OPCODES:,} opcodes")
+            if count == opcodes:
+                raise PickleError(f"it has more than {opcodes:,} opcodes")
             if opcode.name not in _OPCODES:
                 raise PickleError(f"it has the opcode {opcode.name}, which these archives do not need")
             _OPCODES[opcode.name](machine, argument)

@@ -82,7 +82,7 @@ class Plan:
 
 def window_order(seed: int, epoch: int, window: Window) -> np.ndarray:
     """int64 (stop - start,): element i is the row, counted through the window's shards, at position start + i."""
-    return _permutation(window.stop - window.start, seed, epoch, 1, window.index)
+    return permutation(window.stop - window.start, seed, epoch, 1, window.index)
 
 
 def training_plan(manifest: Manifest, split: str, *, seed: int, shuffle_shards: int) -> Plan:
@@ -228,7 +228,7 @@ def _coalesce(segments: list[Segment]) -> tuple[Segment, ...]:
 def _windows(plan: Plan, epoch: int) -> tuple[Window, ...]:
     groups: list[list[int]] = []
     held = 0
-    for shard in _permutation(len(plan.shard_rows), plan.seed, epoch, 0, 0).tolist():
+    for shard in permutation(len(plan.shard_rows), plan.seed, epoch, 0, 0).tolist():
         rows = plan.shard_rows[shard]
         if rows == 0:
             continue
@@ -245,7 +245,8 @@ def _windows(plan: Plan, epoch: int) -> tuple[Window, ...]:
     )
 
 
-def _permutation(n: int, *key: int) -> np.ndarray:
+def permutation(n: int, *key: int) -> np.ndarray:
+    """int64 (n,): 0 … n-1 in an order that `key` alone decides, for ever."""
     # Sorting raw bits, because numpy promises the bits of PCG64 for ever, but not what Generator.permutation makes of
     # them: a run must resume in the same order under a newer numpy.
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)

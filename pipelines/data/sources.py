@@ -18,26 +18,36 @@ from pyarrow import fs as pafs
 
 from pipelines.data.columns import ColumnError, check_described, check_row
 from pipelines.data.sources_arrays import cifar10_binary, cifar10_python, idx, idx_pairs
+from pipelines.data.sources_cifar100 import cifar100_binary, cifar100_python
 from pipelines.data.sources_files import folders, imagenet_train, imagenet_val
 from pipelines.data.sources_io import BadFile, Images, Source, SourceImage
+from pipelines.data.sources_npz import arrays, npz_file
+from pipelines.data.sources_svhn import svhn, svhn_files
 from pipelines.data.sources_tar import tar_members
 from pipelines.errors import FigmentError
 
 FORMATS: dict[str, Callable[[Source], Images]] = {
     "cifar10-binary": cifar10_binary,
     "cifar10-python": cifar10_python,
+    "cifar100-binary": cifar100_binary,
+    "cifar100-python": cifar100_python,
     "idx": idx,
     "imagenet-train": imagenet_train,
     "imagenet-val": imagenet_val,
     "folders": folders,
+    "arrays": arrays,
+    "svhn": svhn,
 }
 
-SPLITS_IN_TURN = ("idx", "imagenet-train", "imagenet-val", "folders")
-"""Formats that give one split after the other; the batches of CIFAR-10 lie in its archives in any order."""
+SPLITS_IN_TURN = ("arrays", "idx", "imagenet-train", "imagenet-val", "folders", "svhn")
+"""Formats that give one split after the other; the batches of CIFAR lie in its archives in any order."""
 
 CITATIONS = {
     "cifar10-binary": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
     "cifar10-python": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
+    "cifar100-binary": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
+    "cifar100-python": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
+    "svhn": 'Y. Netzer et al. (2011), "Reading Digits in Natural Images with Unsupervised Feature Learning"',
     "imagenet-train": 'O. Russakovsky et al. (2015), "ImageNet Large Scale Visual Recognition Challenge"',
     "imagenet-val": 'O. Russakovsky et al. (2015), "ImageNet Large Scale Visual Recognition Challenge"',
 }
@@ -46,6 +56,8 @@ CITATIONS = {
 _MARKS = (
     (re.compile(r"(^|/)cifar-10-batches-bin/"), "cifar10-binary"),
     (re.compile(r"(^|/)cifar-10-batches-py/"), "cifar10-python"),
+    (re.compile(r"(^|/)cifar-100-binary/"), "cifar100-binary"),
+    (re.compile(r"(^|/)cifar-100-python/"), "cifar100-python"),
     (re.compile(r"(^|/)n\d{8}\.tar$"), "imagenet-train"),
     (re.compile(r"(^|/)ILSVRC2012_val_\d+\.JPEG$"), "imagenet-val"),
 )
@@ -56,6 +68,10 @@ def detect_format(source: Source) -> str:
     """The format that the contents of `source` show; `FigmentError` when there is nothing or it is unknown."""
     if idx_pairs(source):
         return "idx"
+    if npz_file(source):
+        return "arrays"
+    if svhn_files(source):
+        return "svhn"
     kind = source.fs.get_file_info(source.path).type
     if kind == pafs.FileType.NotFound:
         source.refuse("there is no such file or folder")
@@ -82,9 +98,9 @@ def fingerprint(source: Source) -> str:
             relative = info.path.removeprefix(source.path)
             digest.update(f"{relative} {info.type.name} {info.size} {info.mtime_ns}\n".encode())
 
-    pairs = idx_pairs(source)
-    if pairs:
-        note(source.fs.get_file_info([path for pair in pairs.values() for path in pair if path]))
+    own = [path for pair in idx_pairs(source).values() for path in pair if path] or [*svhn_files(source).values()]
+    if own:
+        note(source.fs.get_file_info(own))
         return digest.hexdigest()
     info = source.fs.get_file_info(source.path)
     if info.type != pafs.FileType.Directory:

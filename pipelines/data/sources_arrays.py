@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 from pyarrow import fs as pafs
 
-from pipelines.data.pickles import PickleError, unpickle
+from pipelines.data.pickles import OPCODES, PickleError, unpickle
 from pipelines.data.sources_io import Images, RawImage, Source, read_exactly
 from pipelines.data.sources_tar import Member, read_whole, tar_members
 
@@ -33,15 +34,8 @@ def cifar10_binary(source: Source) -> Images:
                 source.refuse(f"has {member.size:,} bytes, ten label names are expected")
             names = tuple(read_whole(source, member).decode("utf-8", "replace").split())
         elif split := _cifar_split(member, ".bin"):
-            if member.size == 0 or member.size % CIFAR_RECORD:
-                source.refuse(f"has {member.size:,} bytes, which is no multiple of the {CIFAR_RECORD:,} of a record")
-            for first in range(0, member.size // CIFAR_RECORD, RECORDS_AT_ONCE):
-                n = min(RECORDS_AT_ONCE, member.size // CIFAR_RECORD - first)
-                data = read_exactly(
-                    source, member.stream, n * CIFAR_RECORD, f"its {member.size // CIFAR_RECORD:,} records"
-                )
-                records = np.frombuffer(data, np.uint8).reshape(n, CIFAR_RECORD)
-                _check_labels(source, records[:, 0], 10, first, CIFAR_RECORD)
+            for first, records in cifar_records(source, member, CIFAR_RECORD):
+                check_labels(source, records[:, 0], 10, first, CIFAR_RECORD)
                 for i, record in enumerate(records, first):
                     yield RawImage(split, record[1:].reshape(CIFAR_SHAPE), int(record[0]), f"{member.name}[{i}]")
     return _ten_names(source, names, "batches.meta.txt")
@@ -52,20 +46,11 @@ def cifar10_python(source: Source) -> Images:
     names: tuple[str, ...] = ()
     for member in tar_members(source, source.open()):
         if member.base_name == "batches.meta":
-            found = _unpickled(source, member).get(b"label_names")
-            if isinstance(found, list) and len(found) == 10:  # a short pickle can name one long text many times
-                names = tuple(n.decode("utf-8", "replace") for n in found if isinstance(n, bytes))
+            names = pickled_names(unpickled(source, read_whole(source, member)).get(b"label_names"), 10)
         elif split := _cifar_split(member, ""):
-            batch = _unpickled(source, member)
-            pixels, labels = batch.get(b"data"), batch.get(b"labels")
-            if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (CIFAR_PIXELS,):
-                source.refuse(f"its b'data' is no uint8 array of shape (N, {CIFAR_PIXELS:,})")
-            # The types come first: NumPy would try to unfold whatever lies in a list.
-            if not isinstance(labels, list) or not all(type(n) is int and abs(n) < 2**31 for n in labels):
-                source.refuse("its b'labels' is no list of numbers")
-            if len(labels) != len(pixels):
-                source.refuse(f"has {len(pixels):,} images and {len(labels):,} b'labels'")
-            _check_labels(source, np.asarray(labels), 10)
+            batch = unpickled(source, read_whole(source, member))
+            pixels = batch_pixels(source, batch)
+            labels = batch_labels(source, batch, b"labels", len(pixels), 10)
             for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
                 yield RawImage(split, row.reshape(CIFAR_SHAPE), int(label), f"{member.name}[{i}]")
     return _ten_names(source, names, "batches.meta")
@@ -85,7 +70,46 @@ def _ten_names(source: Source, names: tuple[str, ...], where: str) -> tuple[str,
     return names
 
 
-def _check_labels(source: Source, labels: np.ndarray, classes: int, first: int = 0, stride: int = 0) -> None:
+def cifar_records(source: Source, member: Member, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first, uint8 (n, size)) of the records of a member, some hundreds at a time."""
+    count = member.size // size
+    if member.size == 0 or member.size % size:
+        source.refuse(f"has {member.size:,} bytes, which is no multiple of the {size:,} of a record")
+    for first in range(0, count, RECORDS_AT_ONCE):
+        n = min(RECORDS_AT_ONCE, count - first)
+        data = read_exactly(source, member.stream, n * size, f"its {count:,} records")
+        yield first, np.frombuffer(data, np.uint8).reshape(n, size)
+
+
+def batch_pixels(source: Source, batch: dict[bytes, Any]) -> np.ndarray:
+    """uint8 (N, 3072) of a pickled batch."""
+    pixels = batch.get(b"data")
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (CIFAR_PIXELS,):
+        source.refuse(f"its b'data' is no uint8 array of shape (N, {CIFAR_PIXELS:,})")
+    return pixels
+
+
+def batch_labels(source: Source, batch: dict[bytes, Any], key: bytes, rows: int, classes: int) -> np.ndarray:
+    """int (rows,): the labels that stand under `key` in a pickled batch, each in 0 … classes - 1."""
+    labels = batch.get(key)
+    # The types come first: NumPy would try to unfold whatever lies in a list.
+    if not isinstance(labels, list) or not all(type(n) is int and abs(n) < 2**31 for n in labels):
+        source.refuse(f"its {key!r} is no list of numbers")
+    if len(labels) != rows:
+        source.refuse(f"has {rows:,} images and {len(labels):,} {key!r}")
+    found = np.asarray(labels)
+    check_labels(source, found, classes)
+    return found
+
+
+def pickled_names(found: object, classes: int) -> tuple[str, ...]:
+    """The names of a list as long as it must be: a short pickle can name one long text many times."""
+    if not isinstance(found, list) or len(found) != classes:
+        return ()
+    return tuple(name.decode("utf-8", "replace") for name in found if isinstance(name, bytes))
+
+
+def check_labels(source: Source, labels: np.ndarray, classes: int, first: int = 0, stride: int = 0) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         record = first + int(wrong[0])
@@ -93,9 +117,10 @@ def _check_labels(source: Source, labels: np.ndarray, classes: int, first: int =
         source.refuse(f"{where} has label {labels[wrong[0]]}, labels are 0 … {classes - 1}")
 
 
-def _unpickled(source: Source, member: Member) -> dict[bytes, Any]:
+def unpickled(source: Source, data: bytes, opcodes: int = OPCODES) -> dict[bytes, Any]:
+    """The dict that a member is a pickle of."""
     try:
-        return unpickle(read_whole(source, member))
+        return unpickle(data, opcodes)
     except PickleError as error:
         source.refuse(f"is not a pickle of arrays: {error}")
 

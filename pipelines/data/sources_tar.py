@@ -170,8 +170,8 @@ class _StrictTarInfo(tarfile.TarInfo):
         raise tarfile.ReadError(_SPARSE)
 
 
-def read_whole(source: Source, member: Member) -> bytes:
-    """All of a member that `Limits` let in."""
-    if member.size > source.limits.file_bytes:
+def read_whole(source: Source, member: Member, allowed: int = 0) -> bytes:
+    """All of a member that `Limits` let in, or that has no more than the `allowed` bytes of an official one."""
+    if member.size > max(source.limits.file_bytes, allowed):
         source.refuse(too_large(member.size, source.limits))
     return read_exactly(source, member.stream, member.size, f"its {member.size:,} bytes")

@@ -92,6 +92,15 @@ def read_window(fs: pafs.FileSystem, layout: Layout, read: Read) -> Iterator[pa.
         yield _table(images[part], labels[part], {c.name: c.as_block(v[part]) for c, v in numbers.items()})
 
 
+def read_rows(fs: pafs.FileSystem, layout: Layout, shard: Shard, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 (n, C*H*W), labels (n,)) of these rows of one shard; `FigmentError` as of `read_window`."""
+    table = _load(fs, layout, shard)
+    if layout.raw:
+        return pixels_of(table["image"], layout.width)[rows], table["label"].to_numpy()[rows]
+    block = decode(layout, _named(layout, shard, table, rows))
+    return pixels_of(block["image"], layout.width), block["label"].to_numpy()
+
+
 def decode(layout: Layout, block: pa.Table) -> pa.Table:
     """Pixels of encoded images, of which each comes with `where` it is from: `FigmentError` names a bad one so."""
     pixels = np.empty((block.num_rows, *layout.image_shape), np.uint8)
@@ -104,11 +113,15 @@ def decode(layout: Layout, block: pa.Table) -> pa.Table:
 def _encoded(fs: pafs.FileSystem, layout: Layout, read: Read) -> pa.Table:
     tables, order = [], []
     for shard, rows, places in _asked(read):
-        ids = np.arange(shard.rows)[rows]
-        where = pa.array([f"row {i} of shard {layout.root}/{shard.path}" for i in ids.tolist()], pa.string())
-        tables.append(_load(fs, layout, shard).take(ids).append_column("where", where))
+        tables.append(_named(layout, shard, _load(fs, layout, shard), np.arange(shard.rows)[rows]))
         order.append(places)
     return pa.concat_tables(tables).take(np.argsort(np.concatenate(order)))
+
+
+def _named(layout: Layout, shard: Shard, table: pa.Table, ids: np.ndarray) -> pa.Table:
+    """These rows of a shard's table, each with `where` it is from."""
+    where = pa.array([f"row {i} of shard {layout.root}/{shard.path}" for i in ids.tolist()], pa.string())
+    return table.take(ids).append_column("where", where)
 
 
 def _asked(read: Read) -> Iterator[tuple[Shard, np.ndarray | slice, np.ndarray]]:

@@ -6,11 +6,13 @@ them (`python -m jobs.recipes --write`).
 
 from __future__ import annotations
 
-from pipelines.recipes import gan, vae
+from pipelines.recipes import gan, infogan, semi_supervised, vae
 from pipelines.recipes.recipe import Recipe
 
 FAMILIES: dict[str, dict[str, Recipe]] = {
     "Generative adversarial networks": gan.RECIPES,
+    "Generative adversarial networks whose images show codes": infogan.RECIPES,
+    "Semi-supervised classifiers": semi_supervised.RECIPES,
     "Variational autoencoders": vae.RECIPES,
 }
 

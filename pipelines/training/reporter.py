@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Generator, Tensor
 
-from models.contract import Exports, Learner
+from models.contract import Exports, ExportsClassifier, Learner
 from pipelines.config import RunSpec
 from pipelines.data.stream import evaluation_batches
 from pipelines.evaluation.figures import sample_figures
@@ -26,7 +26,7 @@ from pipelines.tracking import Tracking, open_run
 from pipelines.training.checkpoint import network_tensors
 from pipelines.training.health import Health
 from pipelines.training.launch import Launch
-from pipelines.training.visuals import Gallery, animate
+from pipelines.training.visuals import Drawing, Gallery, animate
 
 REAL_IMAGES = 1_024
 """Held-out images that samples are compared with."""
@@ -125,7 +125,7 @@ class TrackedReporter(Reporter):
         self._real_from = f"{manifest.name}@{manifest.version}/{spec.data.eval_split}"
 
     def begin(self) -> None:
-        self._real = self._real_images()
+        self._real, self._labels = self._held_out()
 
     def say(self, text: str) -> None:
         self._say(text)
@@ -148,7 +148,7 @@ class TrackedReporter(Reporter):
         return self._gallery.due(before, images_seen)
 
     def draw(self, learner: Learner, images_seen: int, health: Health) -> None:
-        drawing = self._gallery.draw(learner, images_seen, self._real)
+        drawing = self._drawing(learner, images_seen)
         for path, png in drawing.pictures.items():
             self._run.artifact(png, path)
             if path.startswith("samples/"):
@@ -168,7 +168,7 @@ class TrackedReporter(Reporter):
         with trained.averaged_weights(), torch.no_grad():
             of_samples, protocol = sample_figures(trained.learner, self._real, self._real_from, spec.training.seed)
             final = {**figures, **of_samples}
-            pictures = self._gallery.draw(trained.learner, seen, self._real).pictures
+            pictures = self._drawing(trained.learner, seen).pictures
             weights = save_safetensors(network_tensors(trained.learner.networks()))
         self._run.metrics({f"test/{name}": value for name, value in final.items()}, seen)
         files = {f"{path.split('/')[0]}.png": png for path, png in pictures.items()}
@@ -182,15 +182,7 @@ class TrackedReporter(Reporter):
         for name, data in files.items():
             write_object(launch.fs, f"{launch.folder}/{name}", data)
             self._run.artifact(data, f"final/{name}")
-        if isinstance(trained.learner, Exports):
-            with trained.averaged_weights():
-                module, example = trained.learner.export(Generator(self._real.device).manual_seed(spec.training.seed))
-            self._run.publish(
-                module,
-                example,
-                files={"networks.safetensors": weights, "spec.json": _spec_json(launch)},
-                registered_name=f"figment-{spec.recipe}",
-            )
+        self._publish(trained, {"networks.safetensors": weights, "spec.json": _spec_json(launch)})
         outcome = Outcome(
             name=launch.name,
             images_seen=seen,
@@ -214,6 +206,19 @@ class TrackedReporter(Reporter):
         write_json(launch.fs, f"{launch.folder}/outcome.json", {**asdict(outcome), "tracking_url": self._run.url})
         return outcome
 
+    def _publish(self, trained: Trained, files: Mapping[str, bytes]) -> None:
+        """The generator last: it is what a run's newest model is."""
+        name, learner = f"figment-{self._launch.spec.recipe}", trained.learner
+        if isinstance(learner, ExportsClassifier):
+            with trained.averaged_weights():
+                module, example = learner.export_classifier()
+            self._run.publish(module, example, files=files, registered_name=f"{name}-classifier", name="classifier")
+        if isinstance(learner, Exports):
+            with trained.averaged_weights():
+                seed = self._launch.spec.training.seed
+                module, example = learner.export(Generator(self._real.device).manual_seed(seed))
+            self._run.publish(module, example, files=files, registered_name=name)
+
     def fail(self, sentence: str) -> None:
         self._say(f"stopped: {sentence}")
         self._run.note(f"stopped: {sentence}")
@@ -227,8 +232,12 @@ class TrackedReporter(Reporter):
         for sentence in sentences:
             self._say(f"  ! {sentence}")
 
-    def _real_images(self) -> Tensor:
-        """uint8 (N, C, H, W): the first images of the evaluation split in stored order, at most `REAL_IMAGES`."""
+    def _drawing(self, learner: Learner, images_seen: int) -> Drawing:
+        return self._gallery.draw(learner, images_seen, self._real, self._labels, self._launch.manifest.label_names)
+
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        """uint8 (N, C, H, W) and int64 (N,): the first images of the evaluation split in stored order, at most
+        `REAL_IMAGES`, and their labels."""
         data = evaluation_batches(
             self._launch.fs,
             self._launch.manifest,
@@ -238,8 +247,8 @@ class TrackedReporter(Reporter):
             batch_size=REAL_IMAGES,
         )
         with closing(data) as batches:
-            images = next(batches).images
-        return torch.from_numpy(images).to(self._device)
+            batch = next(batches)
+        return torch.from_numpy(batch.images).to(self._device), torch.from_numpy(batch.labels)
 
 
 def status_line(metrics: Mapping[str, float], images_seen: int, total: int) -> str:

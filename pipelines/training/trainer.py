@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 import models
 from models.contract import Asks, ImageShape, Needs
 from pipelines.config import RunSpec
+from pipelines.data.labelled import choose_subset
 from pipelines.data.manifest import Manifest
 from pipelines.errors import FigmentError
 from pipelines.evaluation.figures import check_measurable
@@ -72,6 +73,8 @@ def launch(
             outcome = finished(fs, name, spec)  # another launch may have begun or ended while this one waited
             if outcome is None:
                 manifest = data_of(fs, name, spec, say)
+                if spec.data.labels_per_class is not None:
+                    choose_subset(fs, f"runs/{name}", manifest, spec.data)  # before a worker is waited for
                 claim(fs, name, spec, manifest)
                 return _train(Launch(name, spec, fs, manifest, fence, token), use_gpu, tracking, tags, say)
     if tracking is not None:  # what an unreachable server has not seen yet

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
-from models.contract import Learner, Reconstructs, Traverses
+from models.contract import Classifies, Learner, Reconstructs, Traversal, Traverses
 
 GAP = 2  # pixels between and around the images of a grid
 BACKGROUND = 255
@@ -31,8 +31,12 @@ _LOG_DECADES = 3  # a logarithmic clock has no zero: after frame 0 it starts at 
 
 _HOLD_S = 2.0  # how long the last frame stands
 _CAPTION = 20  # pixels under a frame, for the clock
+_FONT, _INK, _MARGIN = 13, (60, 60, 60), 6  # size and colour of what is written, pixels of background beside it
 _GIF_SIDE, _GIF_BYTES, _GIF_COLOURS = 512, 4 * 10**6, 128
 _CLOCK = "images_seen"  # key of the PNG text chunk
+
+_FRAME, _NAME = 3, 15  # pixels: the frame around a classified image, and the line beneath it
+_RIGHT, _WRONG = (60, 60, 60), (200, 0, 0)
 
 
 def grid(images: Tensor | np.ndarray, columns: int, *, scale: int | None = None, gap: int = GAP) -> np.ndarray:
@@ -62,9 +66,51 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> np.ndarra
     return grid(torch.cat([originals.cpu(), reconstructions.cpu()], dim=2), columns)
 
 
-def walks(images: Tensor) -> np.ndarray:
-    """uint8 (rows, steps, C, H, W) -> a grid (H', W', 3) with one walk through the latent space in each row."""
-    return grid(images.flatten(0, 1), images.shape[1])
+def walks(traversal: Traversal) -> np.ndarray:
+    """A grid (H', W', 3) with one walk through the latent space in each row, and its title to the left of it."""
+    rows, steps = traversal.images.shape[:2]
+    picture = Image.fromarray(grid(traversal.images.flatten(0, 1), steps))
+    font = ImageFont.load_default(_FONT)
+    room = math.ceil(max(font.getlength(title) for title in traversal.titles))
+    if room == 0:
+        return np.asarray(picture)
+    left = room + 2 * _MARGIN
+    canvas = Image.new("RGB", (left + picture.width, picture.height), (BACKGROUND,) * 3)
+    canvas.paste(picture, (left, 0))
+    row = (picture.height - GAP) / rows
+    for i, title in enumerate(traversal.titles):
+        middle = (left - _MARGIN, GAP / 2 + row * (i + 0.5))
+        ImageDraw.Draw(canvas).text(middle, title, fill=_INK, font=font, anchor="rm")
+    return np.asarray(canvas)
+
+
+def predictions(images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[str], columns: int) -> np.ndarray:
+    """uint8 (N, C, H, W), labels (N,), logits (N, K) -> a grid (H', W', 3) with the predicted class beneath each image.
+
+    A wrong one is framed in red and says what it is instead. `names` are the classes', else their numbers are shown;
+    an image with a negative label is neither right nor wrong."""
+    tiles = []
+    for image, label, predicted in zip(images, labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        picture = Image.fromarray(grid(image[None], 1, gap=0))
+        wrong = 0 <= label != predicted
+        tiles.append(_classified(picture, _name(names, predicted), _name(names, label) if wrong else None))
+    return grid(np.stack(tiles).transpose(0, 3, 1, 2), columns, scale=1)
+
+
+def _classified(picture: Image.Image, said: str, truth: str | None) -> np.ndarray:
+    colour = _RIGHT if truth is None else _WRONG
+    width, height = picture.size
+    tile = Image.new("RGB", (width + 2 * _FRAME, height + 2 * _FRAME + _NAME), (BACKGROUND,) * 3)
+    if truth is not None:
+        tile.paste(colour, (0, 0, tile.width, height + 2 * _FRAME))
+    tile.paste(picture, (_FRAME, _FRAME))
+    text = said if truth is None else f"{said}, not {truth}"
+    ImageDraw.Draw(tile).text((_FRAME, height + 2 * _FRAME), text, fill=colour, font=ImageFont.load_default(10))
+    return np.asarray(tile)
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) else str(label)
 
 
 def png(array: np.ndarray, images_seen: int | None = None) -> bytes:
@@ -98,7 +144,7 @@ def frame_times(total_images: int, frames: int, clock: Literal["linear", "log"])
 class Drawing:
     samples: Tensor  # uint8 (N, C, H, W); the grid shows the first of them
     pictures: dict[str, bytes]
-    """Path -> PNG: samples/000000012800.png always, reconstructions/… and traversals/… if the learner can."""
+    """Path -> PNG: samples/000000012800.png always; reconstructions/…, traversals/…, predictions/… if it can."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +161,16 @@ class Gallery:
         """True when a frame's time lies in (before, images_seen]; `before` is -1 at the start of a run."""
         return any(before < time <= images_seen for time in frame_times(self.total_images, self.frames, self.clock))
 
-    def draw(self, learner: Learner, images_seen: int, real_images: Tensor) -> Drawing:
-        """`real_images`: uint8 (B, C, H, W) on the learner's device; as many are reconstructed as fill half a grid."""
+    def draw(
+        self,
+        learner: Learner,
+        images_seen: int,
+        real_images: Tensor,
+        labels: Tensor | None = None,
+        names: Sequence[str] = (),
+    ) -> Drawing:
+        """`real_images`: uint8 (B, C, H, W) on the learner's device; as many are reconstructed as fill half a grid, and
+        as many classified as fill one, when their `labels` (B,) are given; `names` are the classes'."""
         device = real_images.device
         name = f"{images_seen:012d}.png"
         # A learner may draw from torch's global state; training must not notice that it did.
@@ -131,6 +185,10 @@ class Gallery:
             if isinstance(learner, Traverses):
                 walked = learner.traverse(self.columns, self.columns, self._latents(device))
                 pictures[f"traversals/{name}"] = walks(walked)
+            if isinstance(learner, Classifies) and labels is not None:
+                shown = real_images[: self.columns**2]
+                said = learner.classify(shown)
+                pictures[f"predictions/{name}"] = predictions(shown, labels[: len(shown)], said, names, self.columns)
         return Drawing(samples, {path: png(picture, images_seen) for path, picture in pictures.items()})
 
     def _latents(self, device: torch.device) -> Generator:
@@ -165,8 +223,8 @@ def _captioned(picture: Image.Image, text: str, size: tuple[int, int]) -> Image.
     canvas = Image.new("RGB", (width + width % 2, height + _CAPTION + height % 2), (BACKGROUND,) * 3)
     fitted = picture if picture.size == size else picture.resize(size, Image.Resampling.BOX)
     canvas.paste(fitted, (0, 0))
-    font = ImageFont.load_default(13)
-    ImageDraw.Draw(canvas).text((canvas.width - 6, height + 2), text, fill=(60, 60, 60), font=font, anchor="ra")
+    place, font = (canvas.width - _MARGIN, height + 2), ImageFont.load_default(_FONT)
+    ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=font, anchor="ra")
     return canvas
 
 

@@ -10,13 +10,15 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import models
-from models.contract import Batch, Evaluates, ImageShape
+from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, InitialisesFromData, Labelled, Measures
+from pipelines.data.labelled import LabelledSubset, load_subset
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
 from pipelines.errors import FigmentError
@@ -25,6 +27,7 @@ from pipelines.training.collectives import broadcast_from_first, gather
 from pipelines.training.ema import Ema
 from pipelines.training.gradients import guard_optimizers
 from pipelines.training.health import Health
+from pipelines.training.held_out import HeldOut, merged
 from pipelines.training.history import Found, bundle_path, newest_bundle, prune_bundles, set_aside_later
 from pipelines.training.launch import Launch, Place
 from pipelines.training.reporter import Reporter
@@ -64,6 +67,10 @@ class TrainingLoop:
         self.health = Health(training.images)
         self.images_per_s = 0.0
         self.checkpoint_path = "" if found is None else found.bundle.path
+        data = self.spec.data
+        self.subset = (
+            None if data.labels_per_class is None else load_subset(launch.fs, launch.folder, launch.manifest, data)
+        )
 
     def _resume(self, found: Found) -> None:
         bundle = found.bundle
@@ -137,6 +144,11 @@ class TrainingLoop:
         """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,), columns float32 (B, width)."""
         training, device = self.spec.training, self.place.device
         batch = Batch(_to(device, images), _to(device, labels), self.images_seen, _each_to(device, columns or {}))
+        if self.subset is not None:
+            batch = self._semi_supervised(batch, self.subset)
+        if self.step == 0 and isinstance(self.learner, InitialisesFromData):
+            self.learner.initialise(batch, self.state.generator)
+            broadcast_from_first(self.learner.networks())
         # No cache of cast weights: it would live as long as the block, and a second forward pass of a step (a critic's
         # second update) would use the weights from before the first.
         mixed = training.precision == "bf16"
@@ -149,11 +161,24 @@ class TrainingLoop:
             self.state.ema.update(training.batch_size, self.images_seen)
         return metrics
 
+    def _semi_supervised(self, batch: Batch, subset: LabelledSubset) -> Batch:
+        """The batch without its labels, and beside it half as many images of the labelled subset with theirs."""
+        device, place = self.place.device, self.place
+        images, labels = subset.draw(self.step, max(1, len(batch.images) // 2), place.rank, place.world_size)
+        return replace(
+            batch,
+            labels=torch.full_like(batch.labels, UNKNOWN),
+            labelled=Labelled(_to(device, images), _to(device, labels)),
+        )
+
     def evaluate(self) -> dict[str, float]:
-        """Means over the whole evaluation split, each image counted once, whatever the number of workers."""
-        if not isinstance(self.learner, Evaluates):
+        """Means over the whole evaluation split, and figures of all of it together; each image counted once, whatever
+        the number of workers."""
+        learner, device = self.learner, self.place.device
+        if not isinstance(learner, Evaluates | Measures):
             return {}
-        generator = Generator(self.place.device).manual_seed(self._seed("evaluation", self.place.rank))
+        generator = Generator(device).manual_seed(self._seed("evaluation", self.place.rank))
+        own_codes = HeldOut(Generator(device).manual_seed(self._seed("encoding", self.place.rank)))
         sums: dict[str, float] = {}
         count = 0
         data = evaluation_batches(
@@ -166,16 +191,18 @@ class TrainingLoop:
         )
         with self.averaged_weights(), torch.no_grad(), closing(data) as batches:
             for images, labels, columns in batches:
-                device = self.place.device
-                on_device = _each_to(device, columns)
-                batch = Batch(_to(device, images), _to(device, labels), self.images_seen, on_device)
-                for name, values in self.learner.evaluate(batch, generator).items():
-                    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+                batch = Batch(_to(device, images), _to(device, labels), self.images_seen, _each_to(device, columns))
+                if isinstance(learner, Evaluates):
+                    for name, values in learner.evaluate(batch, generator).items():
+                        sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+                if isinstance(learner, Measures):
+                    own_codes.add(learner, batch)
                 count += len(images)
         parts = gather((sums, count))  # a worker may have had no image
         total = sum(n for _, n in parts)
         names = {name: None for part, _ in parts for name in part}
-        return {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in names}
+        means = {name: sum(part.get(name, 0.0) for part, _ in parts) / total for name in names}
+        return merged(means, own_codes.figures(learner)) if isinstance(learner, Measures) else means
 
     def save(self) -> None:
         """One bundle; called by every worker at the same step."""

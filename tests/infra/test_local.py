@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.error import HTTPError
@@ -93,6 +94,23 @@ def test_whoever_has_no_login_is_refused(stack):
         with pytest.raises(HTTPError) as refused:
             checks.ask(url, header, body)
         assert refused.value.code in (401, 403), url
+
+
+def test_a_login_that_was_right_is_not_hashed_at_every_request(stack):
+    """The hash is slow on purpose. A wrong password is hashed each time, so it says how slow."""
+    url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search"
+    keys = stack.credentials
+
+    def fastest(password: str) -> float:
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            with suppress(HTTPError):
+                checks.ask(url, checks.basic_auth(keys.user, password), {"max_results": 1})
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    assert fastest(keys.password) < fastest("wrong") / 3
 
 
 def test_doctor_tells_a_wrong_login_from_a_right_one(stack, monkeypatch):

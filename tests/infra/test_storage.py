@@ -15,7 +15,16 @@ import pytest
 from pyarrow import fs as pafs
 
 from infra.processes import free_ports
-from infra.storage import StorageError, check_storage, default_store, explain, open_source, open_storage, redact
+from infra.storage import (
+    StorageError,
+    cache_folder,
+    check_storage,
+    default_store,
+    explain,
+    open_source,
+    open_storage,
+    redact,
+)
 from pipelines.objects import children, exists, read_object, write_object
 
 
@@ -151,6 +160,15 @@ def test_folder_of_someone_else(tmp_path):
         assert _python(code, tmp_path).startswith(f"permission denied at {tmp_path}/store")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_the_home_folder_of_nobody(monkeypatch):
+    for use in (open_storage, open_source):
+        with pytest.raises(StorageError, match="there is no user of that name"):
+            use("~no-such-user/store")
+    monkeypatch.setenv("FIGMENT_CACHE", "~no-such-user/cache")
+    with pytest.raises(StorageError, match="there is no user of that name"):
+        cache_folder()
 
 
 def test_file_where_a_folder_should_be(tmp_path):

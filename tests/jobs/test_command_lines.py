@@ -38,7 +38,7 @@ def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
     def called(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", "100")  # wider ones put options side by side
         try:
             run_job(jobs.train.main)
             code = 0

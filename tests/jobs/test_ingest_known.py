@@ -193,7 +193,7 @@ def test_progress_lines_have_share_and_speed_and_lie_over_each_other(
 def test_help_lists_what_is_known() -> None:
     done = subprocess.run([sys.executable, "-m", "jobs.ingest", "--help"], cwd=ROOT, capture_output=True, text=True)
     text = " ".join(done.stdout.replace("│", " ").split())
-    assert f"known by name, which is downloaded: {', '.join(KNOWN)}." in text
+    assert f"downloaded to $FIGMENT_CACHE (default: ~/.cache/figment): {', '.join(KNOWN)}." in text
 
 
 @pytest.mark.parametrize("known", KNOWN.values(), ids=KNOWN)
@@ -208,7 +208,7 @@ def test_entries_are_complete(known: Known) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 28, 32])
-@pytest.mark.parametrize("kind", ["idx", "cifar10-binary", "imagenet-train"])
+@pytest.mark.parametrize("kind", ["idx", "cifar10-binary", "cifar100-binary", "svhn", "imagenet-train"])
 def test_the_key_is_known_before_the_download(tmp_path: Path, web: tuple[str, list[str]], kind: str, size: int) -> None:
     place = tmp_path / "web"
     place.mkdir()
@@ -218,6 +218,10 @@ def test_the_key_is_known_before_the_download(tmp_path: Path, web: tuple[str, li
         shape = (1, 28, 28)
     elif kind == "cifar10-binary":
         archives.cifar10_binary(place / "c.tar.gz", [random_images(20)], random_images(10))
+    elif kind == "cifar100-binary":
+        archives.cifar100_binary(place / "c.tar.gz", random_images(20), random_images(10))
+    elif kind == "svhn":
+        archives.svhn(place, {"train": random_images(20), "test": random_images(10)})
     else:
         archives.imagenet_train(place / "i.tar", {"n00000001": [archives.picture(1)]})
         shape = None

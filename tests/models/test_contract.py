@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 
 import models
 from models import MODELS, dcgan, vae
-from models.contract import Batch, Evaluates, Exports, ImageShape, Learner, Reconstructs, Traverses
+from models.contract import (
+    UNKNOWN,
+    Batch,
+    Evaluates,
+    Exports,
+    ImageShape,
+    Learner,
+    Measures,
+    Reconstructs,
+    Traverses,
+)
 from tests.models.cases import CAPABILITIES, CASES, Case
 
 
@@ -46,6 +57,10 @@ def weights(learner: Learner) -> dict[str, Tensor]:
     }
 
 
+def buffers(learner: Learner) -> set[str]:
+    return {f"{name}.{key}" for name, network in learner.networks().items() for key, _ in network.named_buffers()}
+
+
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -73,7 +88,7 @@ def test_a_step_changes_every_parameter_of_every_network_and_gives_finite_detach
     before = weights(learner)
     metrics = learner.step(batch(case.shape), rng())
     after = weights(learner)
-    assert [key for key in before if torch.equal(before[key], after[key])] == []
+    assert {key for key in before if torch.equal(before[key], after[key])} <= buffers(learner)
     for value in metrics.values():
         assert value.shape == ()
         assert not value.requires_grad
@@ -143,9 +158,24 @@ def test_going_on_from_saved_networks_and_optimisers_is_going_on(case: Case) -> 
 
 
 def test_no_buffer_of_a_network_depends_on_the_worker(case: Case) -> None:
-    """Batch statistics that differ from rank to rank must not be kept: there are no buffers at all."""
-    for network in make(case).networks().values():
-        assert dict(network.named_buffers()) == {}
+    """Workers have other images and other noise, and the same gradients, since those are averaged: with these, a step
+    must leave the same buffers. So batch statistics are not kept; averages of weights may be."""
+    kept = []
+    for seed in range(2):
+        learner = make(case)
+        for optimizer in learner.optimizers().values():
+            optimizer.register_step_pre_hook(average_of_all_workers)
+        for step in range(2):
+            learner.step(batch(case.shape, seed=10 * seed + step), rng(seed))
+        kept.append({key: value for key, value in weights(learner).items() if key in buffers(learner)})
+    assert equal(*kept)
+
+
+def average_of_all_workers(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Stands for it: any gradient that is the same on each of them."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
 
 
 def test_samples_are_a_function_of_the_generator_and_image_i_is_the_same_whatever_n(case: Case) -> None:
@@ -260,7 +290,23 @@ def test_walks_are_rows_of_images(case: Case) -> None:
     assert isinstance(learner, Traverses)
     walk = learner.traverse(6, 3, rng())
     shape = case.shape
-    assert (walk.shape, walk.dtype) == ((6, 3, shape.channels, shape.height, shape.width), torch.uint8)
+    assert (walk.images.shape, walk.images.dtype) == ((6, 3, shape.channels, shape.height, shape.width), torch.uint8)
+    assert len(walk.titles) == 6
+
+
+@able(Measures)
+@pytest.mark.parametrize("labels", [(0, 1, 2, 0, 1), (1, 1, 1, 1, 1), (UNKNOWN,) * 5])
+def test_what_is_measured_of_codes_is_finite_whatever_the_labels(labels: tuple[int, ...], case: Case) -> None:
+    learner = make(case)
+    assert isinstance(learner, Measures)
+    factors = torch.rand(5, 3, generator=rng(2))
+    factors[:, 2] = 0.5  # one that does not vary
+    for columns in ({}, {"factors": factors}):
+        given = Batch(images(case.shape, 5), torch.tensor(labels), 0, columns)
+        codes = learner.encode(given, rng())
+        assert all(len(code) == 5 and not code.requires_grad for code in codes.values())
+        figures = learner.measure(codes, given.labels, given.columns)
+        assert all(isinstance(value, float) and math.isfinite(value) for value in figures.values()), figures
 
 
 def test_a_learner_can_do_what_its_case_says_and_nothing_else(case: Case) -> None:

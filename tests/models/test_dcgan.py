@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.contract import Batch, ImageShape
-from models.gan.dcgan import DCGAN, Config, build, discriminator_loss, generator_loss
+from models.gan.dcgan import DCGAN, Config, build
+from models.gan.losses import cross_entropy, non_saturating
 from models.metrics.diversity import diversity_index, pixel_features
 from models.metrics.sliced_wasserstein import Settings, distance
 
@@ -37,13 +38,13 @@ def logit(p: float) -> float:
 def test_losses_are_the_papers_cross_entropies() -> None:
     real, fake = torch.tensor([logit(0.9), logit(0.6)]), torch.tensor([logit(0.2), logit(0.3)])
     expected_d = -(math.log(0.9) + math.log(0.6)) / 2 - (math.log(0.8) + math.log(0.7)) / 2
-    assert discriminator_loss(real, fake).item() == pytest.approx(expected_d, rel=1e-6)
-    assert generator_loss(fake).item() == pytest.approx(-(math.log(0.2) + math.log(0.3)) / 2, rel=1e-6)
+    assert cross_entropy(real, fake).item() == pytest.approx(expected_d, rel=1e-6)
+    assert non_saturating(fake).item() == pytest.approx(-(math.log(0.2) + math.log(0.3)) / 2, rel=1e-6)
 
 
 def test_a_certain_discriminator_gives_a_finite_loss_and_the_generator_a_full_gradient() -> None:
     fake = torch.tensor([-200.0], requires_grad=True)
-    loss = generator_loss(fake)
+    loss = non_saturating(fake)
     assert loss.item() == pytest.approx(200)
     assert torch.autograd.grad(loss, fake)[0].item() == pytest.approx(-1)  # the non-saturating form: no vanishing
 

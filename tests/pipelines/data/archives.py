@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 from PIL import Image
 from pyarrow import fs as pafs
 
@@ -120,6 +121,62 @@ def _python2(value: object) -> bytes:
             )
             return empty + state + b"b"
     raise TypeError(type(value))
+
+
+# --- CIFAR-100 -------------------------------------------------------------------------------------------------------
+
+FINE_NAMES, COARSE_NAMES = tuple(f"class_{i}" for i in range(100)), tuple(f"family_{i}" for i in range(20))
+
+
+def families(images: Images) -> np.ndarray:
+    """uint8 (N,): the coarse labels, five classes each, not in the order of the classes."""
+    return (images.labels * 7 % 20).astype(np.uint8)
+
+
+def cifar100_binary(path: Path, train: Images, test: Images) -> Path:
+    members = {"fine_label_names.txt": "\n".join(FINE_NAMES) + "\n", "coarse_label_names.txt": "\n".join(COARSE_NAMES)}
+    packed = {name: text.encode() for name, text in members.items()}
+    for split, images in (("test", test), ("train", train)):
+        packed[f"{split}.bin"] = cifar100_records(images)
+    path.write_bytes(gzip.compress(tar_bytes({f"cifar-100-binary/{name}": data for name, data in packed.items()})))
+    return path
+
+
+def cifar100_records(images: Images) -> bytes:
+    two = np.stack([families(images), images.labels.astype(np.uint8)], axis=1)
+    return np.concatenate([two, images.pixels.reshape(len(images.pixels), -1)], axis=1).tobytes()
+
+
+def cifar100_python(path: Path, train: Images, test: Images, **meta: object) -> Path:
+    names = {"fine_label_names": list(FINE_NAMES), "coarse_label_names": list(COARSE_NAMES)} | meta
+    members = {"file.txt~": b"", "train": cifar100_pickle(train), "test": cifar100_pickle(test)}
+    members["meta"] = python2_pickle(names)
+    path.write_bytes(gzip.compress(tar_bytes({f"cifar-100-python/{name}": data for name, data in members.items()})))
+    return path
+
+
+def cifar100_pickle(images: Images, **changes: object) -> bytes:
+    batch: dict[str, object] = {
+        "filenames": [f"image_s_{i:06d}.png" for i in range(len(images.labels))],
+        "batch_label": "training batch 1 of 1",
+        "fine_labels": [int(label) for label in images.labels],
+        "coarse_labels": [int(label) for label in families(images)],
+        "data": images.pixels.reshape(len(images.pixels), -1),
+    }
+    return python2_pickle(batch | changes)
+
+
+# --- SVHN -----------------------------------------------------------------------------------------------------------
+
+
+def svhn(folder: Path, splits: Mapping[str, Images], *, packed: bool = True, labels: type = np.uint8) -> Path:
+    """As SciPy writes files of MATLAB 5."""
+    folder.mkdir(exist_ok=True)
+    for split, images in splits.items():
+        digits = np.where(images.labels == 0, 10, images.labels).astype(labels)[:, None]
+        arrays = {"X": images.pixels.transpose(2, 3, 1, 0), "y": digits}
+        scipy.io.savemat(folder / f"{split}_32x32.mat", arrays, do_compression=packed)
+    return folder
 
 
 # --- IDX ------------------------------------------------------------------------------------------------------------

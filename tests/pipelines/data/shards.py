@@ -38,7 +38,8 @@ def write_shard(
     content = hashlib.sha256(images.tobytes() + labels.astype("<i4").tobytes())
     for key, values in (columns or {}).items():
         element = pa.field("element", pa.from_numpy_dtype(values.dtype), nullable=False)
-        table = table.append_column(pa.field(key, pa.list_(element), nullable=False), [values.tolist()])
+        numbers = pa.array(values.tolist(), pa.list_(element))
+        table = table.append_column(pa.field(key, numbers.type, nullable=False), numbers)
         content.update(f"{key} {values.dtype} {values.shape[1]}\n".encode() + values.tobytes())
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=max(1, len(images)), use_dictionary=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def test_columns_that_cannot_be(name: str, entries: tuple[str, ...], dtype: str,
 @pytest.mark.parametrize(
     ("column", "good", "bad"),
     [
-        (FACTORS, [1, -2.5, 3e38], [[1, 2], [1, 2, 3, 4], [[1, 2, 3]], [1, np.nan, 2], [np.inf, 0, 0], [0, 0, 1e39], "a"]),
+        (FACTORS, [1, -2.5, 3e38], [[1, 2], [1, 2, 3, 4], [[1, 2, 3]], [1, np.nan, 2], [np.inf, 0, 0], [0, 0, 1e39], "a"]),  # noqa: E501
         (MARKS, [True, 255], [[0, 256], [-1, 0], [0.5, 1], [np.nan, 0], ["a", "b"], [1]]),
         (COUNT, [-(2**31)], [[2**31], [1.5], [np.inf], [None], []]),
     ],
@@ -136,7 +136,7 @@ def test_a_picture_takes_its_columns_to_a_worker_and_back() -> None:
     sent: list[pickle.PickleBuffer] = []
     image = EncodedImage("train", picture(0), 3, "x", {"marks": np.array([1, 0], np.uint8)})
     body = pickle.dumps(image, 5, buffer_callback=sent.append)
-    (row,) = prepare([pickle.loads(body, buffers=sent)], 32, "raw")
+    (row,) = prepare([pickle.loads(body, buffers=[bytes(buffer) for buffer in sent])], 32, "raw")
     assert isinstance(row, Row)
     sent.clear()
     body = pickle.dumps(row, 5, buffer_callback=sent.append)
@@ -253,7 +253,8 @@ def test_batches_carry_columns_as_float32_across_blocks(store: pafs.FileSystem, 
             values = batch.columns[column.name]
             assert values.dtype == np.float32 and values.flags.c_contiguous and values.flags.writeable
             np.testing.assert_array_equal(values, [numbers_of(row, column) for row in now])
-    assert not any(np.shares_memory(one.columns[c.name], other.columns[c.name]) for c in columns for one, other in zip(got, got[1:], strict=False))  # fmt: skip # noqa: E501
+    for one, other in pairwise(got):
+        assert not any(np.shares_memory(one.columns[column.name], other.columns[column.name]) for column in columns)
 
 
 def test_a_shard_whose_columns_are_not_those_of_the_manifest_is_named(store: pafs.FileSystem) -> None:

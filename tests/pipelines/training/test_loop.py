@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from pyarrow import fs as pafs
 
 from models.contract import Batch, Metrics
 from pipelines.config import RunSpec
+from pipelines.data import stream
+from pipelines.data.windows import Layout, Read
 from pipelines.objects import children, read_json, read_object, write_json
 from pipelines.training.checkpoint import _body_hash
 from pipelines.training.ema import Ema
@@ -68,6 +71,29 @@ class Recording(Reporter):
 
     def checkpoint(self, path: str) -> None:
         self.checkpoints.append(path)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_no_more_is_read_than_a_run_trains_on(store: pafs.FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a resume: the rows of 7 batches of 20, and then of the 3 that are left."""
+    read: list[int] = []
+    blocks = stream._blocks
+
+    def counted(fs: pafs.FileSystem, layout: Layout, reads: Iterator[Read]) -> Generator[pa.Table, None, None]:
+        wanted = [*reads]
+        read.append(sum(item.rows for item in wanted))
+        return blocks(fs, layout, iter(wanted))
+
+    monkeypatch.setattr(stream, "_blocks", counted)
+    spec = toy_spec("dcgan", images=130)
+    spec = replace(spec, training=replace(spec.training, checkpoint_every=0))
+    _of(0, 1, store, spec).run()
+    later = _of(0, 1, store, spec)
+    for _ in range(4):
+        _step(later)
+    later.save()
+    _of(0, 1, store, spec).run()
+    assert read == [140, 60]
 
 
 @pytest.mark.usefixtures("in_process")

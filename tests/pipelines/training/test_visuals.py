@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from models.contract import Batch, Metrics
-from pipelines.training.visuals import BACKGROUND, Gallery, animate, frame_times, grid, pairs, png, walks
+from models.contract import Batch, Metrics, Traversal
+from pipelines.training.visuals import BACKGROUND, Gallery, animate, frame_times, grid, pairs, png, predictions, walks
 
 CLOCKS = st.sampled_from(["linear", "log"])
 
@@ -84,8 +84,45 @@ def test_pairs_put_the_reconstruction_below() -> None:
 
 def test_walks_have_a_row_each() -> None:
     images = torch.from_numpy(flat(1, 2, 3, 4, 5, 6)).unflatten(0, (2, 3))
-    assert (walks(images) == grid(images.flatten(0, 1), 3)).all()
-    assert set(walks(images)[-3, :, 0].tolist()) == {4, 5, 6, BACKGROUND}
+    picture = walks(Traversal(images, ["", ""]))
+    assert (picture == grid(images.flatten(0, 1), 3)).all()
+    assert set(picture[-3, :, 0].tolist()) == {4, 5, 6, BACKGROUND}
+
+
+def test_the_title_of_a_walk_stands_beside_its_row() -> None:
+    images = torch.from_numpy(flat(1, 2, 3, 4, 5, 6, 7, 8, 9)).unflatten(0, (3, 3))
+    pictures = grid(images.flatten(0, 1), 3)
+    titled = walks(Traversal(images, ["digit category", "", "c2"]))
+    left = titled.shape[1] - pictures.shape[1]
+    assert left > 50 and (titled[:, left:] == pictures).all()
+    tops = [2 + row * (pictures.shape[0] - 2) // 3 for row in range(3)]
+    written = [(titled[top : top + 43, :left] < 128).any(axis=(0, 2)) for top in tops]
+    assert [columns.sum() > 0 for columns in written] == [True, False, True]
+    assert written[0].sum() > written[2].sum(), "the longer title"
+    assert (titled[[0, 1, -1, -2], :left] == BACKGROUND).all()
+    assert not written[0][:2].any() and not written[0][-2:].any(), "nothing is cut off"
+
+
+RED = [200, 0, 0]
+
+
+def test_a_wrong_prediction_is_framed_in_red_and_named_with_the_truth() -> None:
+    """Right, wrong, and one whose label nobody knows."""
+    images, labels = torch.from_numpy(flat(10, 20, 30, height=64, width=64)), torch.tensor([0, 0, -1])
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    picture = predictions(images, labels, logits, ["cat", "dog"], columns=3)
+    across = 64 + 6 + 2
+    assert [picture[2 + 3, 2 + 3 + i * across, 0] for i in range(3)] == [10, 20, 30]
+    assert [picture[2, 2 + i * across].tolist() for i in range(3)] == [[BACKGROUND] * 3, RED, [BACKGROUND] * 3]
+    captions = [picture[2 + 70 : 2 + 85, 2 + i * across : 2 + 70 + i * across] for i in range(3)]
+    red = [bool((caption[..., 0] > 100 + caption[..., 1].astype(int)).any()) for caption in captions]
+    assert red == [False, True, False]
+    dark = [int((caption < 200).any(-1).sum()) for caption in captions]
+    assert dark[1] > 1.5 * max(dark[0], dark[2]) > 0, "`dog, not cat` is longer than `cat` and `dog`"
+    same = predictions(images, torch.tensor([0, 1, 1]), logits, ["cat", "dog"], columns=3)
+    assert not (same == RED).all(-1).any()
+    numbers = predictions(images, torch.tensor([0, 1, 1]), logits, [], columns=3)
+    assert (numbers != same).any() and numbers.shape == same.shape, "without names the classes' numbers are shown"
 
 
 def test_png_gives_back_pixels_and_clock() -> None:
@@ -181,8 +218,15 @@ class DrawsEverything(Draws):
     def reconstruct(self, images: Tensor, generator: Generator) -> Tensor:
         return 255 - images
 
-    def traverse(self, rows: int, steps: int, generator: Generator) -> Tensor:
-        return torch.arange(rows * steps, dtype=torch.uint8).reshape(rows, steps, 1, 1, 1).expand(-1, -1, 1, 2, 2)
+    def traverse(self, rows: int, steps: int, generator: Generator) -> Traversal:
+        values = torch.arange(rows * steps, dtype=torch.uint8).reshape(rows, steps, 1, 1, 1)
+        return Traversal(values.expand(-1, -1, 1, 2, 2), [""] * rows)
+
+
+class DrawsAndClassifies(Draws):
+    def classify(self, images: Tensor) -> Tensor:
+        """The class is the grey value, halved."""
+        return torch.eye(10)[images[:, 0, 0, 0].long() // 2]
 
 
 GALLERY = Gallery(columns=3, frames=5, clock="linear", total_images=1000, seed=7)
@@ -197,6 +241,15 @@ def test_draw_gives_what_the_learner_can_do() -> None:
     assert list(pictures) == [f"{kind}/000000012800.png" for kind in ("samples", "reconstructions", "traversals")]
     assert (opened(pictures["reconstructions/000000012800.png"]) == pairs(REAL[:3], 255 - REAL[:3], 3)).all()
     assert set(np.unique(opened(pictures["traversals/000000012800.png"]))) == {*range(9), BACKGROUND}
+
+
+def test_held_out_images_are_shown_with_their_predicted_classes_when_there_are_labels() -> None:
+    labels = torch.arange(20) // 2
+    pictures = GALLERY.draw(DrawsAndClassifies(), 500, REAL, labels).pictures
+    assert list(pictures) == ["samples/000000000500.png", "predictions/000000000500.png"]
+    own = torch.eye(10)[labels[:9]]
+    assert (opened(pictures["predictions/000000000500.png"]) == predictions(REAL[:9], labels[:9], own, (), 3)).all()
+    assert list(GALLERY.draw(DrawsAndClassifies(), 500, REAL).pictures) == ["samples/000000000500.png"]
 
 
 def test_draw_leaves_training_as_it_was() -> None:
