@@ -272,7 +272,7 @@ class _Run:
         source: dict[str, object] = {"url": self._source.name, "format": self._layout.format, "key": key}
         if self._layout.format in CITATIONS:
             source["citation"] = CITATIONS[self._layout.format]
-        source |= self._source.about
+        source |= {**self._source.about, **self._source.found}
         return Manifest(
             name=self._options.dataset_name,
             splits=splits,

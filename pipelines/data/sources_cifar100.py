@@ -1,7 +1,7 @@
 """CIFAR-100 in both layouts (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html): 100 classes in 20 families.
 
-The label of an image is its class (the "fine" one). The family (the "coarse" label) is read and checked: it must be
-known, and the same for all images of a class.
+The label of an image is its class (the "fine" one). The family (the "coarse" label) is its column `family`, a number
+whose names stand in the manifest's source. It must be known, and the same for all images of a class.
 
 The binary archive is read some hundred images at a time. The Python one has all training images in one pickle of
 155 MB, which is held whole, and up to three times while it is read.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipelines.data.columns import Column
 from pipelines.data.sources_arrays import (
     CIFAR_PIXELS,
     CIFAR_SHAPE,
@@ -26,6 +27,7 @@ from pipelines.data.sources_io import Images, RawImage, Source
 from pipelines.data.sources_tar import read_whole, tar_members
 
 CLASSES, FAMILIES = 100, 20
+FAMILY = Column("family", ("family",), "uint8")
 RECORD = 2 + CIFAR_PIXELS  # bytes: family, class, then the red, green and blue planes
 PICKLE_BYTES = 200_000_000  # that a pickled split may have, whatever Limits say: 155 MB are the training images
 PICKLE_OPCODES = 1_000_000  # three lists of 50,000, of which one holds names of files
@@ -35,6 +37,7 @@ def cifar100_binary(source: Source) -> Images:
     """`cifar-100-binary.tar.gz`: `train.bin` and `test.bin` of records of 2 labels and 3,072 pixel bytes."""
     names: dict[str, tuple[str, ...]] = {}
     families = _Families()
+    source.columns = (FAMILY,)
     for member in tar_members(source, source.open()):
         kind, _, rest = member.base_name.partition("_")
         if kind in ("fine", "coarse") and rest == "label_names.txt":
@@ -46,7 +49,8 @@ def cifar100_binary(source: Source) -> Images:
             for first, records in cifar_records(source, member, RECORD):
                 families.check(source, records[:, 1], records[:, 0], first)
                 for i, record in enumerate(records, first):
-                    yield RawImage(split, record[2:].reshape(CIFAR_SHAPE), int(record[1]), f"{member.name}[{i}]")
+                    pixels, family = record[2:].reshape(CIFAR_SHAPE), {FAMILY.name: record[:1]}
+                    yield RawImage(split, pixels, int(record[1]), f"{member.name}[{i}]", family)
     return _checked(source, names.get("fine", ()), names.get("coarse", ()), "{fine,coarse}_label_names.txt")
 
 
@@ -55,6 +59,7 @@ def cifar100_python(source: Source) -> Images:
     fine: tuple[str, ...] = ()
     coarse: tuple[str, ...] = ()
     families = _Families()
+    source.columns = (FAMILY,)
     for member in tar_members(source, source.open()):
         if member.base_name == "meta":
             meta = unpickled(source, read_whole(source, member))
@@ -64,9 +69,11 @@ def cifar100_python(source: Source) -> Images:
             batch = unpickled(source, read_whole(source, member, PICKLE_BYTES), PICKLE_OPCODES)
             pixels = batch_pixels(source, batch)
             labels = batch_labels(source, batch, b"fine_labels", len(pixels), CLASSES)
-            families.check(source, labels, batch_labels(source, batch, b"coarse_labels", len(pixels), FAMILIES))
+            coarse_labels = batch_labels(source, batch, b"coarse_labels", len(pixels), FAMILIES)
+            families.check(source, labels, coarse_labels)
             for i, (row, label) in enumerate(zip(pixels, labels, strict=True)):
-                yield RawImage(member.base_name, row.reshape(CIFAR_SHAPE), int(label), f"{member.name}[{i}]")
+                family, member_name = {FAMILY.name: coarse_labels[i : i + 1]}, f"{member.name}[{i}]"
+                yield RawImage(member.base_name, row.reshape(CIFAR_SHAPE), int(label), member_name, family)
     return _checked(source, fine, coarse, "meta")
 
 
@@ -97,4 +104,5 @@ def _checked(source: Source, fine: tuple[str, ...], coarse: tuple[str, ...], whe
             f"has no {where} with {CLASSES} fine and {FAMILIES} coarse label names (it has {len(fine)} and"
             f" {len(coarse)}): this is not the whole official archive"
         )
+    source.found["families"] = coarse
     return fine

@@ -125,6 +125,7 @@ class Source:
     own: frozenset[str] | None = None  # names of those in the folder that are its own; None: all
     about: Mapping[str, object] = field(default_factory=dict)  # for the manifest
     columns: tuple[Column, ...] = field(default=(), init=False)  # that each of its images has, as its format found
+    found: dict[str, object] = field(default_factory=dict, init=False)  # for the manifest too, by its format
     bytes_read: int = field(default=0, init=False)
     at: str = field(default="", init=False)  # the member that is being read
 

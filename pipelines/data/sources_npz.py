@@ -2,8 +2,9 @@
 
     train/images uint8 (N, C, H, W)     train/labels int (N,), optional     test/images …     about.json uint8 (bytes,)
 
-`about.json` is JSON in UTF-8, of which "labels" names the classes. Other arrays (what each image was made from) are
-left where they are.
+`about.json` is JSON in UTF-8, of which "labels" names the classes, and "columns" (optional) what else each row has:
+`{"factors": ["azimuth", "light"]}` says that `SPLIT/factors` (N, 2) lies beside the images of each split. Other arrays
+are left where they are.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import pyarrow as pa
 from numpy.lib import format as npy
 from pyarrow import fs as pafs
 
+from pipelines.data.columns import Column, ColumnError
 from pipelines.data.sources_io import UNLABELLED, UNPACKED_FLOOR, Images, RawImage, Source, read_exactly
 
 SPLITS = ("train", "test")
 ABOUT_BYTES = 1 << 20
 PIECE_BYTES = 8 << 20
 LABELS = 1 << 24  # images of a split, whose labels are held in memory
+COLUMN_BYTES = 1 << 28  # of a column of a split, held too
 
 
 def npz_file(source: Source) -> str | None:
@@ -44,7 +47,8 @@ def arrays(source: Source) -> Images:
     if path is None:
         source.refuse("is no .npz file, and no folder with one .npz file alone in it")
     with source.fs.open_input_file(path) as file, _zip(source, file) as archive:
-        names = _names(source, archive)
+        names, described = _about(source, archive)
+        source.columns = tuple(_described(source, archive, name, entries) for name, entries in described.items())
         for split in SPLITS:
             if f"{split}/images.npy" in archive.namelist():
                 yield from _split(source, archive, split, len(names))
@@ -55,6 +59,7 @@ def arrays(source: Source) -> Images:
 
 def _split(source: Source, archive: zipfile.ZipFile, split: str, classes: int) -> Iterator[RawImage]:
     labels = _labels(source, archive, split, classes)
+    columns = {column.name: _numbers(source, archive, split, column) for column in source.columns}
     with _array(source, archive, f"{split}/images", np.dtype(np.uint8)) as (stream, shape):
         if len(shape) != 4 or shape[1] not in (1, 3) or not all(shape):
             source.refuse(f"has shape {shape}, images are (N, 1 or 3, H, W)")
@@ -67,13 +72,17 @@ def _split(source: Source, archive: zipfile.ZipFile, split: str, classes: int) -
             )
         if labels is not None and len(labels) != n:
             source.refuse(f"has {n:,} images, {split}/labels has {len(labels):,}")
+        for name, values in columns.items():
+            if len(values) != n:
+                source.refuse(f"has {n:,} images, {split}/{name} has {len(values):,} rows")
         at_once = max(1, PIECE_BYTES // size)
         for first in range(0, n, at_once):
             rows = min(at_once, n - first)
             pixels = np.frombuffer(read_exactly(source, stream, rows * size, f"its {n:,} images"), np.uint8)
             for i, image in enumerate(pixels.reshape(rows, *of_one), first):
                 label = UNLABELLED if labels is None else int(labels[i])
-                yield RawImage(split, image, label, f"{split}/images[{i}]")
+                of_row = {name: values[i] for name, values in columns.items()}
+                yield RawImage(split, image, label, f"{split}/images[{i}]", of_row)
         _ended(source, stream)
 
 
@@ -93,7 +102,8 @@ def _labels(source: Source, archive: zipfile.ZipFile, split: str, classes: int) 
         return labels
 
 
-def _names(source: Source, archive: zipfile.ZipFile) -> tuple[str, ...]:
+def _about(source: Source, archive: zipfile.ZipFile) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """Names of the classes; name of each column -> what its numbers are called."""
     if "about.json.npy" not in archive.namelist():
         source.refuse("has no array about.json: it is not one that `jobs.ingest` reads")
     with _array(source, archive, "about.json", np.dtype(np.uint8)) as (stream, shape):
@@ -101,12 +111,51 @@ def _names(source: Source, archive: zipfile.ZipFile) -> tuple[str, ...]:
             source.refuse(f"has shape {shape}, at most {ABOUT_BYTES:,} bytes of JSON are expected")
         data = read_exactly(source, stream, shape[0], "its text")
     try:
-        names = json.loads(data)["labels"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        about = json.loads(data)
+        names, columns = about["labels"], about.get("columns", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         source.refuse(f'is no JSON object with "labels" ({type(error).__name__}: {error})')
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not _is_names(names):
         source.refuse('its "labels" are no list of names')
-    return tuple(names)
+    if not isinstance(columns, dict) or not all(_is_names(entries) for entries in columns.values()):
+        source.refuse('its "columns" do not give each column a list of names')
+    return tuple(names), columns
+
+
+def _is_names(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
+
+
+def _described(source: Source, archive: zipfile.ZipFile, name: str, entries: list[str]) -> Column:
+    """A column of about.json, of the type that the first split with images has it in."""
+    there = archive.namelist()
+    splits = [split for split in SPLITS if f"{split}/images.npy" in there]
+    for split in splits:
+        if f"{split}/{name}.npy" not in there:
+            source.at = f"{split}/images"
+            source.refuse(f"about.json describes a column {name[:40]!r}, and there is no array {split}/{name[:40]}")
+    dtype = "float32"
+    if splits:
+        with _array(source, archive, f"{splits[0]}/{name}", None) as (stream, _):
+            dtype = str(stream.dtype)
+    try:
+        return Column(name, tuple(entries), dtype)
+    except ColumnError as error:
+        source.refuse(str(error))
+
+
+def _numbers(source: Source, archive: zipfile.ZipFile, split: str, column: Column) -> np.ndarray:
+    """(N, width) of one column of a split."""
+    with _array(source, archive, f"{split}/{column.name}", np.dtype(column.dtype)) as (stream, shape):
+        size = math.prod(shape) * stream.dtype.itemsize
+        if len(shape) != 2 or shape[1] != column.width or size > COLUMN_BYTES:
+            source.refuse(
+                f"has shape {shape}, about.json names {column.width} numbers a row: (N, {column.width}) of at most"
+                f" {COLUMN_BYTES >> 20} MB is expected"
+            )
+        values = np.frombuffer(read_exactly(source, stream, size, f"its {shape[0]:,} rows"), stream.dtype)
+        _ended(source, stream)
+        return values.reshape(shape)
 
 
 class _Member:
@@ -141,7 +190,7 @@ def _array(
             source.refuse(f"is no NumPy array ({' '.join(str(error).split())[:200]})")
         if fortran or found.hasobject or (dtype is not None and found != dtype):
             order = "Fortran" if fortran else "C"
-            source.refuse(f"is an array of {found} in {order} order, {dtype or 'whole numbers'} in C order are read")
+            source.refuse(f"is an array of {found} in {order} order, {dtype or 'numbers'} in C order are read")
         if math.prod(shape) * found.itemsize > info.file_size:
             source.refuse(f"its header counts {shape} items of {found}, more than its {info.file_size:,} bytes hold")
         yield _Member(stream, found), shape

@@ -41,6 +41,11 @@ def test_both_layouts_give_the_fine_labels(tmp_path: Path, make: Callable[..., P
         got = [(i.pixels.tobytes(), i.label) for i in found if isinstance(i, RawImage) and i.split == split]
         assert sorted(got) == wanted.rows()
     assert isinstance(found[0], RawImage) and found[0].pixels.shape == (3, 32, 32)
+    assert source.columns == (sources_cifar100.FAMILY,) and source.found == {"families": archives.COARSE_NAMES}
+    got_families = {i.label: int(i.columns["family"][0]) for i in found if isinstance(i, RawImage)}
+    assert got_families == dict(zip(TRAIN.labels.tolist(), archives.families(TRAIN).tolist(), strict=True)) | dict(
+        zip(TEST.labels.tolist(), archives.families(TEST).tolist(), strict=True)
+    )
 
 
 def binary(path: Path, **members: bytes) -> Source:

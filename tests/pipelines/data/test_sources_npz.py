@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.data.columns import Column
 from pipelines.data.sources import detect_format, read_images
 from pipelines.data.sources_io import Limits, RawImage
 from pipelines.errors import FigmentError
@@ -22,8 +23,21 @@ ROOT = Path(__file__).parents[3]
 Arrays = dict[str, np.ndarray]
 
 
-def about(*names: str) -> np.ndarray:
-    return np.frombuffer(json.dumps({"labels": names}).encode(), np.uint8)
+def about(*names: str, **columns: object) -> np.ndarray:
+    told = {"labels": names, "columns": columns} if columns else {"labels": names}
+    return np.frombuffer(json.dumps(told).encode(), np.uint8)
+
+
+def with_columns(**arrays: object) -> Arrays:
+    """Two columns beside the images, and what a test changes."""
+    rng = np.random.default_rng(1)
+    whole: dict[str, object] = {
+        "about__json": about("no", "yes", factors=["a", "b", "c"], balls=["count"]),
+        "train__balls": np.arange(7, dtype=np.int32)[:, None],
+        "test__balls": np.array([[7], [8]], np.int32),
+        "test__factors": rng.normal(size=(2, 3)).astype(np.float32),
+    }
+    return changed(**{**whole, **arrays})
 
 
 def good() -> Arrays:
@@ -84,10 +98,28 @@ def test_what_the_repository_renders_is_such_a_file(tmp_path: Path) -> None:
     images, names = read(tmp_path)
     assert [image.split for image in images] == ["train"] * 6 + ["test"] * 3
     assert {image.pixels.shape for image in images} == {(1, 32, 32)} and names == ("head",)
+    with np.load(tmp_path / "heads.npz") as arrays:
+        factors = np.concatenate([arrays["train/factors"], arrays["test/factors"]])
+    np.testing.assert_array_equal(np.stack([image.columns["factors"] for image in images]), factors)
+
+
+def test_columns_that_are_described_lie_beside_their_images(tmp_path: Path) -> None:
+    arrays = with_columns()
+    source = local(saved(tmp_path, arrays))
+    images = list(read_images(source, "arrays"))
+    assert source.columns == (Column("factors", ("a", "b", "c")), Column("balls", ("count",), "int32"))
+    for name in ("factors", "balls"):
+        np.testing.assert_array_equal(
+            np.stack([image.columns[name] for image in images if isinstance(image, RawImage)]),
+            np.concatenate([arrays[f"train/{name}"], arrays[f"test/{name}"]]),
+        )
 
 
 def changed(**arrays: object) -> Arrays:
-    return {**good(), **{name.replace("__", "/"): value for name, value in arrays.items()}}  # type: ignore[dict-item]
+    return {
+        **good(),
+        **{name.replace("about__json", "about.json").replace("__", "/"): value for name, value in arrays.items()},
+    }  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +138,23 @@ def changed(**arrays: object) -> Arrays:
         ({"about.json": np.frombuffer(b"[1]", np.uint8)}, 'is no JSON object with "labels"'),
         ({"about.json": np.frombuffer(b"\xff{", np.uint8)}, 'is no JSON object with "labels"'),
         ({"about.json": np.frombuffer(b'{"labels": [1]}', np.uint8)}, '"labels" are no list of names'),
+        (changed(about__json=np.frombuffer(b'{"labels": [], "columns": 3}', np.uint8)), '"columns" do not give each'),
+        (changed(about__json=about("no", "yes", factors="abc")), '"columns" do not give each column a list of names'),
+        (changed(about__json=about("no", "yes", factors=["a", "b", "c"])), "no array test/factors"),
+        (with_columns(about__json=about("no", "yes", factors=["a", "a", "c"])), "two entries .* are called 'a'"),
+        (
+            with_columns(about__json=about("no", "yes", factors=["a", "b"])),
+            r"train/factors: has shape \(7, 3\), about.json names 2",
+        ),
+        (with_columns(about__json=about("no", "yes", images=["a"])), "cannot be called 'images'"),
+        (with_columns(about__json=about("no", "yes", **{"../x": ["a"]})), "no array train/../x"),
+        (with_columns(train__factors=np.zeros((7, 3))), "is of 'float64', columns are of float32, int32, uint8"),
+        (with_columns(test__balls=np.zeros((2, 1), np.uint8)), "test/balls: is an array of uint8 .*, int32 in C order"),
+        (with_columns(train__balls=np.zeros((6, 1), np.int32)), "has 7 images, train/balls has 6 rows"),
+        (
+            with_columns(train__factors=np.full((7, 3), np.nan, np.float32)),
+            r"images\[0\]: 'a' of column 'factors' is nan",
+        ),
         ({"about.json": about("a")}, "has no images that format 'arrays' would see"),
     ],
 )

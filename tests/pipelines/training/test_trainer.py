@@ -20,14 +20,19 @@ from pyarrow import fs as pafs
 
 from infra.conditional import open_conditional
 from infra.storage import open_storage
+from models.contract import Needs
 from pipelines.config import RunSpec
+from pipelines.data.columns import Column
+from pipelines.data.manifest import save_manifest
 from pipelines.data.plan import Cursor, rank_segments, training_plan
 from pipelines.errors import FigmentError
 from pipelines.lease import LeaseHeldError, hold
 from pipelines.objects import children, exists, read_object, write_object
 from pipelines.tracking import Tracking
+from pipelines.training import trainer
 from pipelines.training.reporter import Outcome
 from pipelines.training.trainer import launch
+from tests.pipelines.data.shards import write_dataset
 from tests.pipelines.training.toys import toy_dataset, toy_spec
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -227,3 +232,37 @@ def test_a_model_that_does_not_fit_the_images_is_refused_at_once(store: pafs.Fil
     toy_dataset(store, shape=(1, 7, 7))
     with pytest.raises(FigmentError, match=r"the model cannot be built for the images of 'toy': .*7"):
         launch(toy_spec("dcgan"), store, name="odd", tracking=None, tags={}, say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        (Needs(columns={"factors": 3}), ""),
+        (Needs(classes=1), ""),
+        (Needs(classes=0, columns={}), ""),
+        (Needs(columns={"factors": 4}), r"column 'factors' of 4 numbers, but that of data set 'a@\w+' has 3"),
+        (
+            Needs(columns={"count": 1}),
+            r"column 'count' of 1 numbers, but data set .* has none \(its columns: factors \(3\)\)",
+        ),
+    ],
+)
+def test_columns_that_a_model_needs_are_looked_for_before_anything_starts(
+    store: pafs.FileSystem, needs: Needs, words: str
+) -> None:
+    manifest = write_dataset(store, "a", (4,), columns=(Column("factors", ("x", "y", "z")),))
+    if not words:
+        return trainer._check_needs(needs, manifest)
+    with pytest.raises(FigmentError, match=words) as error:
+        trainer._check_needs(needs, manifest)
+    assert "\n" not in str(error.value)
+    return None
+
+
+def test_a_model_of_classes_is_refused_a_set_without_labels(store: pafs.FileSystem) -> None:
+    toy = toy_dataset(store)
+    save_manifest(store, replace(toy, label_names=(), created_at="2026-01-02T00:00:00+00:00"))
+    spec = toy_spec("dcgan-improved")
+    with pytest.raises(FigmentError, match=r"the model needs labels 0 … 1 .*has no labels"):
+        launch(spec, store, name="blind", tracking=None, tags={}, say=lambda line: None)
+    assert not exists(store, "runs/blind")
