@@ -91,15 +91,15 @@ def choose_subset(fs: pafs.FileSystem, folder: str, manifest: Manifest, data: Da
     }
     path = f"{folder}/labelled.json"
     if exists(fs, path):
-        return _stored(read_object(fs, path), head, path)
-    labels = _labels(fs, manifest, data.split)
-    rows = rows_by_class(labels, data.labels_per_class, data.labels_seed, manifest.label_names)
-    size = sum(map(len, rows.values())) * Layout.of(manifest).width
+        return _stored(read_object(fs, path), head, path, manifest.rows(data.split))
+    size = max(1, len(manifest.label_names)) * data.labels_per_class * Layout.of(manifest).width
     if size > MOST_BYTES:
         raise FigmentError(
             f"--data.labels-per-class {data.labels_per_class} makes {size / 1e9:.1f} GB of labelled images, which every"
             f" worker would hold in memory: {MOST_BYTES / 1e9:.1f} GB is the most; choose fewer"
         )
+    labels = _labels(fs, manifest, data.split)
+    rows = rows_by_class(labels, data.labels_per_class, data.labels_seed, manifest.label_names)
     write_json(fs, path, {**head, "rows": {str(label): found for label, found in rows.items()}})
     return rows
 
@@ -126,11 +126,16 @@ def load_subset(fs: pafs.FileSystem, folder: str, manifest: Manifest, data: Data
     return LabelledSubset(images, labels, data.labels_seed)
 
 
-def _stored(data: bytes, head: dict[str, Any], path: str) -> dict[int, list[int]]:
+def _stored(data: bytes, head: dict[str, Any], path: str, of: int) -> dict[int, list[int]]:
+    """The rows in a labelled.json, of a split of `of` rows."""
     try:
         body = json.loads(data)
         if {key: body[key] for key in head} == head:
-            return {int(label): [int(row) for row in rows] for label, rows in body["rows"].items()}
+            chosen = {int(label): [int(row) for row in rows] for label, rows in body["rows"].items()}
+            every = [row for rows in chosen.values() for row in rows]
+            if len(set(every)) < len(every) or not every or not 0 <= min(every) <= max(every) < of:
+                raise ValueError(f"its rows are not different ones of {of:,}")
+            return chosen
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FigmentError(f"{path} cannot be read ({error!r}): remove it, and it is made again") from error
     raise FigmentError(f"{path} is of another labelled subset than this run's: remove it, and it is made again")

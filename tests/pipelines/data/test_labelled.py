@@ -109,7 +109,10 @@ def test_a_run_keeps_the_rows_that_it_began_with(store: pafs.FileSystem) -> None
     write_json(store, path, {**body, "rows": {"0": body["rows"]["1"]}})
     with pytest.raises(FigmentError, match="gives other labels than shard"):
         load_subset(store, "runs/n", manifest, DATA)
-    for damaged in (json.dumps({**body, "rows": {"0": ["x"]}}).encode(), b"", b'{"rows"', b"[1]"):
+    first, *others = body["rows"]["0"]
+    wrong = (["x"], [first, first, *others], [-1, *others], [manifest.rows("train"), *others])
+    damaged_rows = [json.dumps({**body, "rows": body["rows"] | {"0": rows}}).encode() for rows in wrong]
+    for damaged in (*damaged_rows, json.dumps({**body, "rows": {}}).encode(), b"", b'{"rows"', b"[1]"):
         write_object(store, path, damaged)
         with pytest.raises(FigmentError, match=r"labelled\.json cannot be read"):
             choose_subset(store, "runs/n", manifest, DATA)
