@@ -28,9 +28,10 @@ With all of them the update is, for parts 1 … k of a step's batch, k = discrim
     D:  L_D(D(T x), D(T G(z)))  +  penalty of D's slope  +  w | theta_D - mean theta_D |^2     x: part i, z: new
     G:  L_G(D(T x), D(T G(z)))  or  | E f(T x) - E f(T G(z)) |^2,  + w | theta_G - mean theta_G |^2     x, z: part k's
 
-T is a random change of each image, f D's last hidden layer. Minibatch features, norms and classes are in the networks.
-What the first images make (gains of weight norm; D's reference batch) is made by the first worker's, before the first
-step, and the same on all. A penalty is of the slope at the unchanged image, through T.
+T is a random change of each image; f is all that D's last layer weighs, minibatch features too. Minibatch features,
+norms and classes are in the networks. What the first images make (gains of weight norm; D's reference batch) is made by
+the first worker's, before the first step, and the same on all. A penalty is of the slope at the unchanged image,
+through T.
 
 Deviations
 - The code alternates by the parity of its update counter, each update on a new batch of images. Here one step updates D
