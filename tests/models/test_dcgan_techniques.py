@@ -253,7 +253,7 @@ def test_each_update_of_d_sees_images_of_its_own_and_g_answers_for_the_last() ->
 
 
 def test_a_share_that_the_updates_of_d_cannot_divide_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=r"8 images.*discriminator_steps 3"):
+    with pytest.raises(ValueError, match=r"8 image.*discriminator_steps 3"):
         learner(discriminator_steps=3).step(some_batch(), rng())
 
 
