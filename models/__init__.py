@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from models.contract import ImageShape, Learner
 from models.gan import dcgan, imagenet, infogan, semi_supervised
@@ -14,6 +14,15 @@ class ModelConfig(Protocol):
     """The `Config` of a model file: a frozen dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+@runtime_checkable
+class ChecksSettings(Protocol):
+    """A `Config` that knows which of its settings go together, whatever the images."""
+
+    def check(self) -> None:
+        """`ValueError` that says what does not, and why."""
+        ...
 
 
 class Model(NamedTuple):

@@ -82,6 +82,8 @@ class Needs:
     """Labels must lie in 0 … classes - 1; 0: labels are not looked at."""
     columns: Mapping[str, int] = field(default_factory=dict)
     """Name -> width of columns without which it cannot work."""
+    labelled: bool = False
+    """Whether it learns from the labelled subset of a run; a run with one is refused where nothing would."""
 
 
 @runtime_checkable
@@ -89,6 +91,16 @@ class Asks(Protocol):
     """Cannot work with any images alone."""
 
     def needs(self) -> Needs: ...
+
+
+@runtime_checkable
+class LimitsShare(Protocol):
+    """Cannot work with any number of images a step."""
+
+    def check_share(self, images: int) -> None:
+        """`ValueError` with the reason and what to choose when a worker's share of a batch cannot be `images` images;
+        asked before anything starts."""
+        ...
 
 
 @runtime_checkable

@@ -61,3 +61,12 @@ def require_at_least_one(config: object, *fields: str) -> None:
         value = getattr(config, field)
         if value < 1:
             raise ValueError(f"{field} is {value}; it must be at least 1")
+
+
+def require_share(images: int, fewest: int, why: str) -> None:
+    """`ValueError` when a worker's share of a batch, `images` images, is smaller than `why` asks for."""
+    if images < fewest:
+        raise ValueError(
+            f"a worker's share of a batch is {images} image(s), and {why} {fewest} at least; raise"
+            " --training.batch-size, or lower --cluster.workers"
+        )

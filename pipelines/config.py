@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from models import MODELS, ModelConfig, name_of
+from models import MODELS, ChecksSettings, ModelConfig, name_of
 from pipelines.errors import FigmentError
 
 
@@ -141,6 +141,11 @@ class RunSpec:
             raise FigmentError(f"--data.dataset is {self.data.dataset!r}; it must be NAME or NAME@VERSION")
         if self.visuals.frames < 2:
             raise FigmentError(f"--visuals.frames is {self.visuals.frames}; an animation needs at least 2")
+        if isinstance(self.model, ChecksSettings):
+            try:
+                self.model.check()
+            except ValueError as error:
+                raise FigmentError(f"the model's settings do not go together: {error}") from error
         if training.batch_size % cluster.workers:
             raise FigmentError(
                 f"--training.batch-size {training.batch_size} cannot be split evenly among"

@@ -28,9 +28,10 @@ With all of them the update is, for parts 1 … k of a step's batch, k = discrim
     D:  L_D(D(T x), D(T G(z)))  +  penalty of D's slope  +  w | theta_D - mean theta_D |^2     x: part i, z: new
     G:  L_G(D(T x), D(T G(z)))  or  | E f(T x) - E f(T G(z)) |^2,  + w | theta_G - mean theta_G |^2     x, z: part k's
 
-T is a random change of each image, f D's last hidden layer. Minibatch features, norms and classes are in the networks.
-What the first images make (gains of weight norm; D's reference batch) is made by the first worker's, before the first
-step, and the same on all. A penalty is of the slope at the unchanged image, through T.
+T is a random change of each image; f is all that D's last layer weighs, minibatch features too. Minibatch features,
+norms and classes are in the networks. What the first images make (gains of weight norm; D's reference batch) is made by
+the first worker's, before the first step, and the same on all. A penalty is of the slope at the unchanged image,
+through T.
 
 Deviations
 - The code alternates by the parity of its update counter, each update on a new batch of images. Here one step updates D
@@ -117,16 +118,32 @@ class DCGAN:
     def needs(self) -> Needs:
         return Needs(classes=self.config.classes)
 
+    def check_share(self, images: int) -> None:
+        c = self.config
+        if images % c.discriminator_steps:
+            raise ValueError(
+                f"a worker's share of a batch is {images} image(s), which discriminator_steps {c.discriminator_steps}"
+                " cannot divide evenly; choose a --training.batch-size that"
+                f" {c.discriminator_steps} times the number of workers divides"
+            )
+        if c.discriminator_norm == "virtual" and images < c.virtual_reference:
+            raise ValueError(
+                f"a worker's share of a batch is {images} image(s), too few for a virtual_reference of"
+                f" {c.virtual_reference}; lower it, or raise --training.batch-size"
+            )
+        if images // c.discriminator_steps < 2 and (c.generator_norm == "batch" or c.minibatch_kernels):
+            lacks = "is nothing to normalise by" if c.generator_norm == "batch" else "are no neighbours to compare with"
+            raise ValueError(
+                f"there {lacks} where an update sees one image alone, of a worker's share of {images}; raise"
+                " --training.batch-size"
+            )
+
     @torch.no_grad()
     def initialise(self, batch: Batch, generator: Generator) -> None:
         """D's reference batch, or the gains and biases of its normalised weights; nothing where it has neither."""
+        self.check_share(len(batch.images))
         x = _scaled(batch.images)
         if self.d.reference is not None:
-            if len(x) < len(self.d.reference):
-                raise ValueError(
-                    f"the first worker's share of a batch is {len(x)} image(s), too few for a virtual_reference of"
-                    f" {len(self.d.reference)}; lower it, or raise --training.batch-size"
-                )
             self.d.reference.copy_(x[: len(self.d.reference)])
         labels = self._one_hot(batch.labels)
         weight_norm.initialise(self.d, lambda: self.d.forward(x, labels))
@@ -197,12 +214,8 @@ class DCGAN:
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Equal parts of a batch, one for each update of D: images (B / k, C, H, W), one-hot labels (B / k, K)."""
+        self.check_share(len(batch.images))
         k, x, labels = self.config.discriminator_steps, _scaled(batch.images), self._one_hot(batch.labels)
-        if len(x) % k:
-            raise ValueError(
-                f"a worker's share of a batch is {len(x)} images, which discriminator_steps {k} cannot divide evenly;"
-                f" choose a --training.batch-size that {k} times the number of workers divides"
-            )
         parts = [None] * k if labels is None else labels.chunk(k)
         return zip(x.chunk(k), parts, strict=True)
 

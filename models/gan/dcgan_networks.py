@@ -111,19 +111,25 @@ class DiscriminatorNetwork(nn.Module):
         return WeightNorm(layer, learn_gain=learnt == "all" or (last and learnt == "last"))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        f = self.hidden(x)
-        seen = f if self.compare is None else self.compare(f)
-        logits = self.classify(seen).squeeze(1)
+        f = self._features(x)
+        logits = self.classify(self._compared(f)).squeeze(1)
         if self.embed is not None:
             assert labels is not None, "a D of classes is asked about an image of a class"
             logits = logits + (self.embed(labels) * f).sum(1)
         return logits
 
     def hidden(self, x: Tensor) -> Tensor:
-        """f (B, F), the last hidden layer."""
+        """(f, o), all that w weighs: what feature matching compares."""
+        return self._compared(self._features(x))
+
+    def _features(self, x: Tensor) -> Tensor:
+        """f (B, F)."""
         if self.reference is None:
             return self.features(x)
         return self.features(torch.cat([x, self.reference]))[: -len(self.reference)]
+
+    def _compared(self, f: Tensor) -> Tensor:
+        return f if self.compare is None else self.compare(f)
 
 
 class BesideReference(nn.Module):

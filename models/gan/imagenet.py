@@ -48,7 +48,7 @@ from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics, Needs
 from models.gan.virtual_batch_norm import VirtualBatchNorm
-from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit
+from models.layers import in_latent_chunks, require_at_least_one, require_share, to_uint8, to_unit
 
 L = TypeVar("L", nn.Linear, nn.ConvTranspose2d)
 
@@ -218,6 +218,9 @@ class ImageNetGAN:
 
     def needs(self) -> Needs:
         return Needs(classes=self.config.classes)
+
+    def check_share(self, images: int) -> None:
+        require_share(images, 2, "minibatch features compare")
 
     def step(self, batch: Batch, generator: Generator) -> Metrics:
         x, half = to_unit(batch.images) * 2 - 1, len(batch.images)

@@ -56,7 +56,14 @@ from models.gan.codes import Codes, told_of_factors
 from models.gan.dcgan import state_of_the_game
 from models.gan.dcgan_networks import initialise
 from models.gan.losses import cross_entropy, non_saturating
-from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit, with_frozen_statistics
+from models.layers import (
+    in_latent_chunks,
+    require_at_least_one,
+    require_share,
+    to_uint8,
+    to_unit,
+    with_frozen_statistics,
+)
 from models.metrics.disentanglement import majority_accuracy
 
 BASES = (4, 7)  # sides of the smallest feature map
@@ -208,6 +215,9 @@ class InfoGAN:
 
     def optimizers(self) -> dict[str, Optimizer]:
         return {"generator": self.optimizer_g, "discriminator": self.optimizer_d}
+
+    def check_share(self, images: int) -> None:
+        require_share(images, 2, "batch norm needs")
 
     def step(self, batch: Batch, generator: Generator) -> Metrics:
         x = to_unit(batch.images)

@@ -55,7 +55,7 @@ from torch.optim import Adam, Optimizer
 from models.contract import Batch, ImageShape, Metrics, Needs
 from models.gan import semi_supervised_networks as networks
 from models.gan.weight_norm import initialise
-from models.layers import in_latent_chunks, require_at_least_one, to_uint8, with_frozen_statistics
+from models.layers import in_latent_chunks, require_at_least_one, require_share, to_uint8, with_frozen_statistics
 from models.metrics.classification import errors
 
 ADAM_EPS = 1e-4
@@ -171,7 +171,10 @@ class SemiSupervisedGAN:
         return {"generator": self.optimizer_g, "discriminator": self.optimizer_d}
 
     def needs(self) -> Needs:
-        return Needs(classes=self.config.classes)
+        return Needs(classes=self.config.classes, labelled=True)
+
+    def check_share(self, images: int) -> None:
+        require_share(images, FEWEST, "D and G halve a share of")
 
     def initialise(self, batch: Batch, generator: Generator) -> None:
         """Gains and biases of weight-normalised layers, from one noisy pass over the batch."""
@@ -283,11 +286,7 @@ class SemiSupervisedGAN:
 
     def _halves(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """D's, and the target of G's."""
-        if len(images) < FEWEST:
-            raise ValueError(
-                f"a worker's share of a batch is {len(images)} image(s), and {FEWEST} are the fewest that can be"
-                " halved between D and G: raise --training.batch-size"
-            )
+        self.check_share(len(images))
         half = len(images) // 2
         return images[:half], images[half:]
 

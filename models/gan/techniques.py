@@ -6,7 +6,7 @@ Each is a part of its own (`losses.py`, `penalties.py`, `minibatch.py`, `histori
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from models.gan.augment import Change
@@ -35,7 +35,8 @@ class Techniques:
     historical_weight: float = 0.0
     """Times the squared distance of either network's weights from their mean so far, added to its loss; 0: none."""
     discriminator_norm: Literal["batch", "virtual", "spectral", "weight", "none"] = "batch"
-    """What normalises D: batch and virtual every layer's outputs but the first's, spectral and weight every weight."""
+    """What normalises D: batch and virtual every layer's outputs but the first's, spectral and weight every weight but
+    that of minibatch features."""
     generator_norm: Literal["batch", "virtual"] = "batch"
     """What normalises G."""
     virtual_reference: int = 32
@@ -56,6 +57,7 @@ class Techniques:
     def check(self) -> None:
         """`ValueError` for what cannot be, or would do nothing."""
         self._check_numbers()
+        self._check_use()
         if self.penalty != "none":
             neighbours = "batch norm" if self.discriminator_norm == "batch" else "minibatch features"
             if self.discriminator_norm == "batch" or self.minibatch_kernels:
@@ -74,6 +76,16 @@ class Techniques:
                 "feature_matching and loss saturating are both a loss of G, which has one; D's half of the game is the"
                 " same under loss non-saturating"
             )
+        if self.feature_matching and self.classes:
+            raise ValueError(
+                "feature_matching compares means over all classes, so that a G with classes is never told of which one"
+                " it shall draw; choose one of the two"
+            )
+        if self.loss == "wasserstein" and self.minibatch_kernels:
+            raise ValueError(
+                "loss wasserstein needs a D whose slope is bounded, and nothing bounds that of minibatch features;"
+                " choose another loss, or no minibatch_kernels"
+            )
         if self.loss == "wasserstein" and self.penalty == "none" and self.discriminator_norm != "spectral":
             raise ValueError(
                 "loss wasserstein has no lower end for a D whose slope nothing bounds; choose a penalty or"
@@ -83,6 +95,20 @@ class Techniques:
             raise ValueError(
                 f"virtual_reference is {self.virtual_reference}; a virtual norm needs at least 1 reference image"
             )
+
+    def _check_use(self) -> None:
+        """Of a technique that is off, nothing may be set: who sets it believes that it is on."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, is_on, switch in (
+            ("penalty_weight", self.penalty != "none", "a penalty"),
+            ("minibatch_dimensions", self.minibatch_kernels > 0, "minibatch_kernels"),
+            ("virtual_reference", "virtual" in (self.discriminator_norm, self.generator_norm), "a virtual norm"),
+            ("learnt_gains", self.discriminator_norm == "weight", "discriminator_norm weight"),
+            ("augment_probability", bool(self.augment), "augment"),
+        ):
+            value = getattr(self, name)
+            if not is_on and value != defaults[name]:
+                raise ValueError(f"{name} is {value}, which does nothing without {switch}; choose that too, or neither")
 
     def _check_numbers(self) -> None:
         if self.classes < 0 or self.classes == 1:
@@ -97,8 +123,14 @@ class Techniques:
         for name, value in (("real_label", self.real_label), ("augment_probability", self.augment_probability)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} is {value:g}; it must be above 0 and at most 1")
-        for name, value in (("penalty_weight", self.penalty_weight), ("historical_weight", self.historical_weight)):
-            if value < 0:
-                raise ValueError(f"{name} is {value:g}; it must not be negative")
+        if not self.penalty_weight > 0:
+            raise ValueError(f"penalty_weight is {self.penalty_weight:g}; it must be above 0")
+        if not self.historical_weight >= 0:
+            raise ValueError(f"historical_weight is {self.historical_weight:g}; it must not be negative")
+        if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate > 0:
+            raise ValueError(
+                f"discriminator_learning_rate is {self.discriminator_learning_rate:g}; it must be above 0, or None for"
+                " G's"
+            )
         if len(set(self.augment)) < len(self.augment):
             raise ValueError(f"augment is {' '.join(self.augment)}; each change can be named once")

@@ -20,7 +20,7 @@ from pyarrow import fs as pafs
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 import models
-from models.contract import Asks, ImageShape, Needs
+from models.contract import Asks, ImageShape, LimitsShare, Needs
 from pipelines.config import RunSpec
 from pipelines.data.labelled import choose_subset
 from pipelines.data.manifest import Manifest
@@ -223,18 +223,29 @@ def _check_fits(spec: RunSpec, manifest: Manifest) -> None:
         learner = models.build(spec.model, ImageShape(*manifest.image_shape))
     except ValueError as error:
         raise FigmentError(f"the model cannot be built for the images of {spec.data.dataset!r}: {error}") from error
-    if isinstance(learner, Asks):
-        _check_needs(learner.needs(), manifest)
+    needs = learner.needs() if isinstance(learner, Asks) else Needs()
+    _check_needs(needs, manifest)
+    if spec.data.labels_per_class is not None and not needs.labelled:
+        raise FigmentError(
+            "--data.labels-per-class hides all labels but a few, and model"
+            f" {models.name_of(spec.model)!r} learns from none of those; leave it out"
+        )
+    if isinstance(learner, LimitsShare):
+        try:
+            learner.check_share(spec.training.batch_size // spec.cluster.workers)
+        except ValueError as error:
+            batch = f"--training.batch-size {spec.training.batch_size} on {spec.cluster.workers} worker(s)"
+            raise FigmentError(f"{batch} does not fit the model: {error}") from error
     check_measurable(manifest.image_shape, manifest.rows(spec.data.eval_split), spec.data.eval_split)
 
 
 def _check_needs(needs: Needs, manifest: Manifest) -> None:
     """`FigmentError` when the data set lacks labels or columns that the model cannot work without."""
     dataset, known = f"data set '{manifest.name}@{manifest.version}'", len(manifest.label_names)
-    if needs.classes and not 1 <= known <= needs.classes:
-        has = f"has {known:,} classes" if known else "has no labels"
+    if needs.classes and known != needs.classes:
+        has = f"has {known:,}" if known else "has no labels"
         raise FigmentError(
-            f"the model needs labels 0 … {needs.classes - 1} ({needs.classes} classes), but {dataset} {has}; choose"
+            f"the model needs labels 0 … {needs.classes - 1} ({needs.classes:,} classes), but {dataset} {has}; choose"
             " another data set, or the model's number of classes"
         )
     widths = {column.name: column.width for column in manifest.columns}

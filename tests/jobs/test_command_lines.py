@@ -107,3 +107,14 @@ def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(train: C
     done = train("dcgan-demo", "--dry-run", "--training.batch-size", "63")
     assert done.returncode == 2
     assert "--training.batch-size 63 cannot be split evenly among --cluster.workers 2" in done.stderr
+
+
+def test_techniques_that_do_not_go_together_are_refused_before_anything_starts(train: Callable[..., Done]) -> None:
+    done = train("dcgan-demo", "--dry-run", "--model.loss", "hinge", "--model.real-label", "0.9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "error: the model's settings do not go together: real_label smooths the label of a classifier"
+    )
+    chosen = ("--model.loss", "hinge", "--model.discriminator-norm", "spectral", "--model.augment", "colour", "cutout")
+    model = json.loads(train("dcgan-demo", "--dry-run", *chosen).stdout)["model"]
+    assert (model["loss"], model["discriminator_norm"], model["augment"]) == ("hinge", "spectral", ["colour", "cutout"])

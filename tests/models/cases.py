@@ -14,6 +14,7 @@ from models.contract import (
     ExportsClassifier,
     ImageShape,
     InitialisesFromData,
+    LimitsShare,
     Measures,
     Reconstructs,
     Traverses,
@@ -27,13 +28,14 @@ CAPABILITIES = (
     Exports,
     ExportsClassifier,
     InitialisesFromData,
+    LimitsShare,
     Measures,
     Reconstructs,
     Traverses,
 )
-CLASSIFIER = {Asks, Classifies, Diagnoses, Evaluates, Exports, ExportsClassifier, InitialisesFromData}
-CODES = {Diagnoses, Evaluates, Exports, Measures, Traverses}
-GAN = {Asks, Diagnoses, Exports, InitialisesFromData}
+CLASSIFIER = {Asks, Classifies, Diagnoses, Evaluates, Exports, ExportsClassifier, InitialisesFromData, LimitsShare}
+CODES = {Diagnoses, Evaluates, Exports, LimitsShare, Measures, Traverses}
+GAN = {Asks, Diagnoses, Exports, InitialisesFromData, LimitsShare}
 VAE = {Diagnoses, Evaluates, Exports, Reconstructs, Traverses}
 
 
@@ -46,12 +48,12 @@ class Case(NamedTuple):
 # fmt: off
 CASES: dict[str, Case] = {
     "dcgan": Case(dcgan.Config(latent=8, generator_width=4, discriminator_width=4), ImageShape(3, 16, 16), GAN),
-    "dcgan-improved": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, real_label=0.9, minibatch_kernels=3, feature_matching=True, historical_weight=0.1, discriminator_norm="weight", generator_norm="virtual", virtual_reference=4, learnt_gains="all", augment=("colour", "translation", "cutout"), classes=2), ImageShape(1, 8, 8), GAN),  # noqa: E501
-    "dcgan-penalised": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, loss="relativistic", penalty="r1+r2", discriminator_norm="virtual", virtual_reference=3, augment=("translation",), augment_probability=0.5), ImageShape(3, 8, 8), GAN),  # noqa: E501
-    "dcgan-spectral": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, loss="hinge", discriminator_norm="spectral", classes=2), ImageShape(1, 8, 8), GAN),  # noqa: E501
+    "dcgan-improved": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, real_label=0.9, minibatch_kernels=3, feature_matching=True, historical_weight=0.1, discriminator_norm="weight", generator_norm="virtual", virtual_reference=4, learnt_gains="all", augment=("colour", "translation", "cutout")), ImageShape(1, 8, 8), GAN),  # noqa: E501
+    "dcgan-penalised": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, loss="relativistic", penalty="r1+r2", discriminator_norm="virtual", virtual_reference=3, augment=("translation",), augment_probability=0.5), ImageShape(3, 16, 16), GAN),  # noqa: E501
+    "dcgan-spectral": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, loss="hinge", discriminator_norm="spectral", generator_norm="virtual", virtual_reference=3, classes=2), ImageShape(1, 16, 16), GAN),  # noqa: E501
     "infogan": Case(infogan.Config(noise=4, categories=(3, 2), generator_width=4, discriminator_width=4, hidden=8), ImageShape(1, 8, 8), CODES),  # noqa: E501
     "infogan-continuous": Case(infogan.Config(noise=4, categories=(), learned_deviation=True, generator_width=4, discriminator_width=4, hidden=0), ImageShape(3, 14, 14), CODES),  # noqa: E501
-    "improved-gan-imagenet": Case(imagenet.Config(6, generator_width=4, discriminator_width=2, kernels=2, kernel_dimensions=2, classes=2, reference=3), ImageShape(3, 32, 32), {Asks, Diagnoses, Exports}),  # noqa: E501
+    "improved-gan-imagenet": Case(imagenet.Config(6, generator_width=4, discriminator_width=2, kernels=2, kernel_dimensions=2, classes=2, reference=3), ImageShape(3, 32, 32), {Asks, Diagnoses, Exports, LimitsShare}),  # noqa: E501
     "semi-supervised": Case(semi_supervised.Config(latent=6, classes=2, width=0.02), ImageShape(1, 8, 8), CLASSIFIER),
     "semi-supervised-convolutional": Case(semi_supervised.Config("svhn", classes=2, latent=6, width=0.04, learning_rate=3e-4), ImageShape(3, 16, 16), CLASSIFIER),  # noqa: E501
     "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), VAE),

@@ -23,7 +23,6 @@ from infra.storage import open_storage
 from models.contract import Needs
 from pipelines.config import RunSpec
 from pipelines.data.columns import Column
-from pipelines.data.manifest import save_manifest
 from pipelines.data.plan import Cursor, rank_segments, training_plan
 from pipelines.errors import FigmentError
 from pipelines.lease import LeaseHeldError, hold
@@ -257,12 +256,3 @@ def test_columns_that_a_model_needs_are_looked_for_before_anything_starts(
         trainer._check_needs(needs, manifest)
     assert "\n" not in str(error.value)
     return None
-
-
-def test_a_model_of_classes_is_refused_a_set_without_labels(store: pafs.FileSystem) -> None:
-    toy = toy_dataset(store)
-    save_manifest(store, replace(toy, label_names=(), created_at="2026-01-02T00:00:00+00:00"))
-    spec = toy_spec("dcgan-improved")
-    with pytest.raises(FigmentError, match=r"the model needs labels 0 … 1 .*has no labels"):
-        launch(spec, store, name="blind", tracking=None, tags={}, say=lambda line: None)
-    assert not exists(store, "runs/blind")
