@@ -69,6 +69,11 @@ class Learner(Protocol):
         """One full update. All randomness comes from `generator` (on the learner's device) or torch's global state."""
         ...
 
+
+@runtime_checkable
+class Samples(Protocol):
+    """Draws images: what all generative models do, and a classifier does not."""
+
     def sample(self, n: int, generator: Generator) -> Tensor:
         """uint8 (n, C, H, W). The same generator state gives the same latents, whatever the weights."""
         ...
@@ -128,6 +133,15 @@ class Classifies(Protocol):
 
     def classify(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> logits (B, K)."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """Turns images into features that samples can be measured by. Those of an image depend on no other image."""
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, C, H, W) -> features (B, F) and logits (B, K), float32."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from models.contract import Learner
+from models.contract import Samples
 from models.metrics.diversity import diversity_index, mean_pairwise_distance, pixel_features
 from models.metrics.sliced_wasserstein import Settings, distance
 from pipelines.errors import FigmentError
@@ -25,7 +25,7 @@ def check_measurable(image_shape: tuple[int, int, int], held_out: int, split: st
         )
 
 
-def sample_figures(learner: Learner, real: Tensor, real_from: str, seed: int) -> tuple[dict[str, float], str]:
+def sample_figures(learner: Samples, real: Tensor, real_from: str, seed: int) -> tuple[dict[str, float], str]:
     """As many samples as there are images in `real`, uint8 (N, C, H, W), against them; `real_from` says what they are.
 
     ({"swd": sliced Wasserstein distance of patches, "diversity": pairwise distance relative to real}, protocol string).

@@ -12,7 +12,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Generator, Tensor
 
 import models
-from models.contract import ImageShape, Learner
+from models.contract import ImageShape, Learner, Samples
 from pipelines.config import RunSpec, spec_from_dict
 from pipelines.errors import FigmentError
 from pipelines.training.checkpoint import load_bundle, load_networks, set_network_tensors
@@ -47,5 +47,7 @@ def learner_from_files(files: Mapping[str, bytes]) -> tuple[Learner, RunSpec]:
 
 @torch.no_grad()
 def draw_samples(learner: Learner, n: int, seed: int) -> Tensor:
-    """uint8 (n, C, H, W), a pure function of weights, n and seed."""
+    """uint8 (n, C, H, W), a pure function of weights, n and seed. `FigmentError` for a model that draws nothing."""
+    if not isinstance(learner, Samples):
+        raise FigmentError("this model draws no images: it is a classifier; name a run of a generative one")
     return learner.sample(n, Generator().manual_seed(seed))

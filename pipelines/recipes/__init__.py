@@ -6,7 +6,7 @@ them (`python -m jobs.recipes --write`).
 
 from __future__ import annotations
 
-from pipelines.recipes import gan, infogan, semi_supervised, vae
+from pipelines.recipes import classifier, gan, infogan, semi_supervised, vae
 from pipelines.recipes.recipe import Recipe
 
 FAMILIES: dict[str, dict[str, Recipe]] = {
@@ -14,6 +14,7 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
     "Generative adversarial networks whose images show codes": infogan.RECIPES,
     "Semi-supervised classifiers": semi_supervised.RECIPES,
     "Variational autoencoders": vae.RECIPES,
+    "Classifiers whose features samples are measured by": classifier.RECIPES,
 }
 
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES.values() for name, recipe in family.items()}

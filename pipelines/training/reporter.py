@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Generator, Tensor
 
-from models.contract import Exports, ExportsClassifier, Learner
+from models.contract import Exports, ExportsClassifier, Learner, Samples
 from pipelines.config import RunSpec
 from pipelines.data.stream import evaluation_batches
 from pipelines.evaluation.figures import sample_figures
@@ -151,9 +151,9 @@ class TrackedReporter(Reporter):
         drawing = self._drawing(learner, images_seen)
         for path, png in drawing.pictures.items():
             self._run.artifact(png, path)
-            if path.startswith("samples/"):
+            if path == drawing.first:
                 write_object(self._launch.fs, f"{self._launch.folder}/frames/{images_seen:012d}.png", png)
-        if images_seen > 0:
+        if images_seen > 0 and drawing.samples is not None:
             n = min(len(self._real), len(drawing.samples))
             diversity, sentences = health.check_samples(drawing.samples[:n], self._real[:n], images_seen)
             if diversity is not None:
@@ -162,16 +162,16 @@ class TrackedReporter(Reporter):
 
     def finish(self, trained: Trained, figures: Mapping[str, float]) -> Outcome:
         """Final figures, pictures, the animation of the whole run, and the model for others."""
-        launch, spec, seen = self._launch, self._launch.spec, trained.images_seen
+        launch, seen = self._launch, trained.images_seen
         seconds = time.perf_counter() - self._started
         self._say("training ends; measuring and drawing…")
         with trained.averaged_weights(), torch.no_grad():
-            of_samples, protocol = sample_figures(trained.learner, self._real, self._real_from, spec.training.seed)
+            of_samples, protocol = self._figures_of_samples(trained.learner)
             final = {**figures, **of_samples}
-            pictures = self._drawing(trained.learner, seen).pictures
+            drawing = self._drawing(trained.learner, seen)
             weights = save_safetensors(network_tensors(trained.learner.networks()))
         self._run.metrics({f"test/{name}": value for name, value in final.items()}, seen)
-        files = {f"{path.split('/')[0]}.png": png for path, png in pictures.items()}
+        files = {f"{path.split('/')[0]}.png": png for path, png in drawing.pictures.items()}
         frames = [
             read_object(launch.fs, f"{launch.folder}/frames/{name}")
             for name in children(launch.fs, f"{launch.folder}/frames")
@@ -193,7 +193,7 @@ class TrackedReporter(Reporter):
             checkpoint=trained.checkpoint_path,
             folder=launch.folder,
             pictures=sorted(files),
-            grid="samples.png",
+            grid=f"{drawing.first.split('/')[0]}.png",
             animation="training.mp4",
             tracking_url=self._run.url,
         )
@@ -205,6 +205,11 @@ class TrackedReporter(Reporter):
             )
         write_json(launch.fs, f"{launch.folder}/outcome.json", {**asdict(outcome), "tracking_url": self._run.url})
         return outcome
+
+    def _figures_of_samples(self, learner: Learner) -> tuple[dict[str, float], str]:
+        if not isinstance(learner, Samples):
+            return {}, "it draws no samples"
+        return sample_figures(learner, self._real, self._real_from, self._launch.spec.training.seed)
 
     def _publish(self, trained: Trained, files: Mapping[str, bytes]) -> None:
         """The generator last: it is what a run's newest model is."""

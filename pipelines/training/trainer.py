@@ -20,7 +20,7 @@ from pyarrow import fs as pafs
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 import models
-from models.contract import Asks, ImageShape, LimitsShare, Needs
+from models.contract import Asks, ImageShape, LimitsShare, Needs, Samples
 from pipelines.config import RunSpec
 from pipelines.data.labelled import choose_subset
 from pipelines.data.manifest import Manifest
@@ -236,7 +236,8 @@ def _check_fits(spec: RunSpec, manifest: Manifest) -> None:
         except ValueError as error:
             batch = f"--training.batch-size {spec.training.batch_size} on {spec.cluster.workers} worker(s)"
             raise FigmentError(f"{batch} does not fit the model: {error}") from error
-    check_measurable(manifest.image_shape, manifest.rows(spec.data.eval_split), spec.data.eval_split)
+    if isinstance(learner, Samples):
+        check_measurable(manifest.image_shape, manifest.rows(spec.data.eval_split), spec.data.eval_split)
 
 
 def _check_needs(needs: Needs, manifest: Manifest) -> None:

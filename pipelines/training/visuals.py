@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
-from models.contract import Classifies, Learner, Reconstructs, Traversal, Traverses
+from models.contract import Classifies, Learner, Reconstructs, Samples, Traversal, Traverses
 
 GAP = 2  # pixels between and around the images of a grid
 BACKGROUND = 255
@@ -142,9 +142,14 @@ def frame_times(total_images: int, frames: int, clock: Literal["linear", "log"])
 
 @dataclass(frozen=True)
 class Drawing:
-    samples: Tensor  # uint8 (N, C, H, W); the grid shows the first of them
+    samples: Tensor | None  # uint8 (N, C, H, W), if it can; the grid shows the first of them
     pictures: dict[str, bytes]
-    """Path -> PNG: samples/000000012800.png always; reconstructions/…, traversals/…, predictions/… if it can."""
+    """Path -> PNG: samples/000000012800.png, reconstructions/…, traversals/…, predictions/…, what of these it can."""
+
+    @property
+    def first(self) -> str:
+        """Path of the picture that an animation is made of."""
+        return next(iter(self.pictures))
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,10 @@ class Gallery:
         # A learner may draw from torch's global state; training must not notice that it did.
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            samples = learner.sample(max(self.columns**2, SAMPLES), self._latents(device))
-            pictures = {f"samples/{name}": grid(samples[: self.columns**2], self.columns)}
+            samples, pictures = None, {}
+            if isinstance(learner, Samples):
+                samples = learner.sample(max(self.columns**2, SAMPLES), self._latents(device))
+                pictures[f"samples/{name}"] = grid(samples[: self.columns**2], self.columns)
             if isinstance(learner, Reconstructs):
                 originals = real_images[: self.columns * max(1, self.columns // 2)]
                 again = learner.reconstruct(originals, self._latents(device))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models import ModelConfig, dcgan, imagenet, infogan, semi_supervised, vae
+from models import ModelConfig, dcgan, imagenet, infogan, residual, semi_supervised, vae
 from models.contract import (
     Asks,
     Classifies,
     Diagnoses,
+    Embeds,
     Evaluates,
     Exports,
     ExportsClassifier,
@@ -17,6 +18,7 @@ from models.contract import (
     LimitsShare,
     Measures,
     Reconstructs,
+    Samples,
     Traverses,
 )
 
@@ -24,6 +26,7 @@ CAPABILITIES = (
     Asks,
     Classifies,
     Diagnoses,
+    Embeds,
     Evaluates,
     Exports,
     ExportsClassifier,
@@ -31,12 +34,14 @@ CAPABILITIES = (
     LimitsShare,
     Measures,
     Reconstructs,
+    Samples,
     Traverses,
 )
-CLASSIFIER = {Asks, Classifies, Diagnoses, Evaluates, Exports, ExportsClassifier, InitialisesFromData, LimitsShare}
-CODES = {Diagnoses, Evaluates, Exports, LimitsShare, Measures, Traverses}
-GAN = {Asks, Diagnoses, Exports, InitialisesFromData, LimitsShare}
-VAE = {Diagnoses, Evaluates, Exports, Reconstructs, Traverses}
+CLASSIFIER = {Asks, Classifies, Embeds, Evaluates, ExportsClassifier}
+CODES = {Diagnoses, Evaluates, Exports, LimitsShare, Measures, Samples, Traverses}
+GAN = {Asks, Diagnoses, Exports, InitialisesFromData, LimitsShare, Samples}
+SEMI_SUPERVISED = (GAN | CLASSIFIER) - {Embeds}
+VAE = {Diagnoses, Evaluates, Exports, Reconstructs, Samples, Traverses}
 
 
 class Case(NamedTuple):
@@ -53,9 +58,10 @@ CASES: dict[str, Case] = {
     "dcgan-spectral": Case(dcgan.Config(latent=6, generator_width=4, discriminator_width=4, loss="hinge", discriminator_norm="spectral", generator_norm="virtual", virtual_reference=3, classes=2), ImageShape(1, 16, 16), GAN),  # noqa: E501
     "infogan": Case(infogan.Config(noise=4, categories=(3, 2), generator_width=4, discriminator_width=4, hidden=8), ImageShape(1, 8, 8), CODES),  # noqa: E501
     "infogan-continuous": Case(infogan.Config(noise=4, categories=(), learned_deviation=True, generator_width=4, discriminator_width=4, hidden=0), ImageShape(3, 14, 14), CODES),  # noqa: E501
-    "improved-gan-imagenet": Case(imagenet.Config(6, generator_width=4, discriminator_width=2, kernels=2, kernel_dimensions=2, classes=2, reference=3), ImageShape(3, 32, 32), {Asks, Diagnoses, Exports, LimitsShare}),  # noqa: E501
-    "semi-supervised": Case(semi_supervised.Config(latent=6, classes=2, width=0.02), ImageShape(1, 8, 8), CLASSIFIER),
-    "semi-supervised-convolutional": Case(semi_supervised.Config("svhn", classes=2, latent=6, width=0.04, learning_rate=3e-4), ImageShape(3, 16, 16), CLASSIFIER),  # noqa: E501
+    "improved-gan-imagenet": Case(imagenet.Config(6, generator_width=4, discriminator_width=2, kernels=2, kernel_dimensions=2, classes=2, reference=3), ImageShape(3, 32, 32), {Asks, Diagnoses, Exports, LimitsShare, Samples}),  # noqa: E501
+    "residual-classifier": Case(residual.Config(classes=2, width=8, decay_end=400), ImageShape(3, 12, 12), CLASSIFIER),
+    "semi-supervised": Case(semi_supervised.Config(latent=6, classes=2, width=0.02), ImageShape(1, 8, 8), SEMI_SUPERVISED),  # noqa: E501
+    "semi-supervised-convolutional": Case(semi_supervised.Config("svhn", classes=2, latent=6, width=0.04, learning_rate=3e-4), ImageShape(3, 16, 16), SEMI_SUPERVISED),  # noqa: E501
     "vae": Case(vae.Config(latent=4, hidden=16), ImageShape(1, 8, 8), VAE),
     "vae-gaussian": Case(vae.Config(latent=4, hidden=16, likelihood="gaussian", learning_rate=0.01), ImageShape(3, 8, 8), VAE),  # noqa: E501
 }

@@ -15,12 +15,16 @@ from models import MODELS, dcgan, vae
 from models.contract import (
     UNKNOWN,
     Batch,
+    Classifies,
+    Embeds,
     Evaluates,
     Exports,
+    ExportsClassifier,
     ImageShape,
     Learner,
     Measures,
     Reconstructs,
+    Samples,
     Traverses,
 )
 from tests.models.cases import CAPABILITIES, CASES, Case
@@ -31,9 +35,18 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
+def able(capability: type) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [case for case in CASES.values() if capability in case.can])
+
+
 def make(case: Case, seed: int = 0) -> Learner:
     torch.manual_seed(seed)
     return models.build(case.config, case.shape)
+
+
+def samples_of(learner: Learner, n: int, generator: torch.Generator) -> Tensor:
+    assert isinstance(learner, Samples)
+    return learner.sample(n, generator)
 
 
 def images(shape: ImageShape, n: int, seed: int = 0) -> Tensor:
@@ -178,44 +191,56 @@ def average_of_all_workers(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             parameter.grad = torch.ones_like(parameter)
 
 
+@able(Samples)
 def test_samples_are_a_function_of_the_generator_and_image_i_is_the_same_whatever_n(case: Case) -> None:
     learner = make(case)
     shape = case.shape
-    many = learner.sample(130, rng(3))
+    many = samples_of(learner, 130, rng(3))
     assert many.dtype == torch.uint8
     assert many.shape == (130, shape.channels, shape.height, shape.width)
     for n in (1, 2, 17, 128, 130):
-        assert torch.equal(learner.sample(n, rng(3)), many[:n])
-    assert not torch.equal(learner.sample(130, rng(4)), many)
+        assert torch.equal(samples_of(learner, n, rng(3)), many[:n])
+    assert not torch.equal(samples_of(learner, 130, rng(4)), many)
+
+
+def test_every_model_has_something_to_show(case: Case) -> None:
+    """A picture of a run: samples, or the classes of held-out images."""
+    assert isinstance(make(case), Samples | Classifies)
 
 
 def test_sampling_leaves_weights_and_modes_alone(case: Case) -> None:
     learner = make(case)
     before, modes = weights(learner), [n.training for n in learner.networks().values()]
-    learner.sample(3, rng())
-    assert isinstance(learner, Exports)
-    learner.export(rng())
+    if isinstance(learner, Samples):
+        learner.sample(3, rng())
+    if isinstance(learner, Exports):
+        learner.export(rng())
+    if isinstance(learner, ExportsClassifier):
+        learner.export_classifier()
     assert equal(before, weights(learner))
     assert modes == [n.training for n in learner.networks().values()]
     assert all(p.requires_grad for n in learner.networks().values() for p in n.parameters())
 
 
+@able(Samples)
 def test_sampling_uses_up_the_generator_alike_whatever_the_weights(case: Case) -> None:
     """The same latents for each picture of an animation."""
     states = []
     for seed in range(2):
         generator = rng(3)
-        make(case, seed).sample(5, generator)
+        samples_of(make(case, seed), 5, generator)
         states.append(generator.get_state())
     assert torch.equal(*states)
 
 
+@able(Samples)
 @pytest.mark.parametrize("n", [0, -1])
 def test_sampling_none_is_refused(case: Case, n: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        make(case).sample(n, rng())
+        samples_of(make(case), n, rng())
 
 
+@able(Exports)
 def test_the_published_module_takes_any_batch_through_torch_export(case: Case) -> None:
     learner = make(case)
     assert isinstance(learner, Exports)
@@ -232,6 +257,7 @@ def test_the_published_module_takes_any_batch_through_torch_export(case: Case) -
         torch.testing.assert_close(module(z[:1]), drawn[:1])  # no image depends on its neighbours
 
 
+@able(Exports)
 def test_the_published_module_does_not_follow_the_training(case: Case) -> None:
     learner = make(case)
     assert isinstance(learner, Exports)
@@ -250,8 +276,8 @@ def test_networks_may_be_compiled_in_place(case: Case) -> None:
     assert weights(plain).keys() == weights(compiled).keys()
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(compiled)[key], value)
-    assert isinstance(compiled, Exports)
-    assert isinstance(compiled.export(rng())[0], nn.Module)
+    if isinstance(compiled, Exports):
+        assert isinstance(compiled.export(rng())[0], nn.Module)
 
 
 def test_bfloat16_autocast_trains(case: Case) -> None:
@@ -262,10 +288,6 @@ def test_bfloat16_autocast_trains(case: Case) -> None:
     assert all(value.isfinite().all() for value in weights(learner).values())
 
 
-def able(capability: type) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [case for case in CASES.values() if capability in case.can])
-
-
 @able(Evaluates)
 def test_evaluation_gives_one_value_an_image(case: Case) -> None:
     learner = make(case)
@@ -273,6 +295,19 @@ def test_evaluation_gives_one_value_an_image(case: Case) -> None:
     for value in learner.evaluate(batch(case.shape, 5), rng()).values():
         assert value.shape == (5,)
         assert not value.requires_grad
+
+
+@able(Embeds)
+def test_features_of_an_image_depend_on_no_other_image(case: Case) -> None:
+    learner = make(case)
+    assert isinstance(learner, Embeds)
+    x = images(case.shape, 5)
+    features, logits = learner.features(x)
+    assert (features.dtype, logits.dtype) == (torch.float32, torch.float32) and len(features) == len(logits) == 5
+    for i in range(5):
+        alone, said = learner.features(x[i : i + 1])
+        torch.testing.assert_close(alone, features[i : i + 1])
+        torch.testing.assert_close(said, logits[i : i + 1])
 
 
 @able(Reconstructs)

@@ -1,0 +1,1 @@
+"""Classifiers: what the features are read from that samples are measured by."""
