@@ -292,6 +292,17 @@ def test_a_launch_that_was_taken_over_writes_no_checkpoint_any_more(store: pafs.
     assert children(store, f"{launch.folder}/checkpoints") == ["000000000000-00001"], "the one from before"
 
 
+def test_a_run_of_a_classifier_shows_what_it_says_of_held_out_images(store: pafs.FileSystem) -> None:
+    """It draws no samples: none are shown, compared or expected to be."""
+    launch = Launch("told", toy_spec("residual-classifier", images=120), store, toy_dataset(store, (3, 12, 12)))
+    reporter = TrackedReporter(launch, HERE.device, None, {}, lambda line: None)
+    loop = TrainingLoop(launch, HERE, reporter)
+    outcome = reporter.finish(loop, loop.run())
+    assert set(outcome.pictures) == {"predictions.png", "training.mp4", "training.gif"}
+    assert outcome.grid == "predictions.png" and outcome.figures.keys() == {"error", "cross_entropy"}
+    assert len(children(store, "runs/told/frames")) >= 2
+
+
 def test_a_finished_run_leaves_what_a_person_looks_at(store: pafs.FileSystem) -> None:
     spec = toy_spec("vae", images=120)
     launch = Launch("seen", spec, store, toy_dataset(store))
