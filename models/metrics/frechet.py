@@ -36,6 +36,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PROTOCOL = "fid-1"
+"""The distance has no settings of its own: the features, their number and what they are of say all."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:

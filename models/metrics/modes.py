@@ -64,6 +64,11 @@ def class_counts(predicted: Tensor, classes: int) -> Tensor:
     return torch.bincount(predicted.long(), minlength=classes)
 
 
+def protocol(classes: int) -> str:
+    """All that a value depends on besides the predictions."""
+    return f"modes-1 classes={classes}"
+
+
 def stacked_modes(digits: Tensor) -> Tensor:
     """int (N, 3), digits of red, green, blue -> 100a + 10b + c, int64 (N,)."""
     if digits.ndim != 2 or digits.shape[1] != 3 or digits.is_floating_point():

@@ -14,6 +14,7 @@ from models.metrics.modes import (
     kl_of_even_samples,
     modes,
     modes_of,
+    protocol,
     stacked_modes,
 )
 
@@ -66,6 +67,10 @@ def test_even_samples_have_the_kl_and_miss_the_classes_that_are_said() -> None:
     assert all(m.covered == 1000 for m in at_26_000)
     few = [modes(drawn(1000, 1000, seed), 1000).covered for seed in range(20)]
     assert 1000 - sum(few) / 20 == pytest.approx(1000 * (1 - 1 / 1000) ** 1000, rel=0.03)
+
+
+def test_the_protocol_says_the_classes() -> None:
+    assert protocol(STACKED_MODES) == "modes-1 classes=1000"
 
 
 def test_what_has_no_modes_is_refused() -> None:
