@@ -21,8 +21,9 @@ from pipelines.training.history import newest_bundle
 log = logging.getLogger(__name__)
 
 
-def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, RunSpec]:
-    """`path` is the folder of a bundle, or of a run (its newest bundle). Averaged weights when the run kept them."""
+def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, RunSpec, tuple[int, int, int]]:
+    """`path` is the folder of a bundle, or of a run (its newest bundle) -> what it learned, its settings, and the shape
+    (C, H, W) of its images. Averaged weights when the run kept them."""
     path = path.rstrip("/")
     found, damaged = newest_bundle(fs, path)
     for sentence in damaged:
@@ -30,7 +31,7 @@ def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, Ru
     bundle = found.bundle if found is not None else load_bundle(fs, path)
     learner = models.build(bundle.spec.model, ImageShape(*bundle.image_shape))
     load_networks(fs, bundle, learner.networks(), averaged=True)
-    return learner, bundle.spec
+    return learner, bundle.spec, bundle.image_shape
 
 
 def learner_from_files(files: Mapping[str, bytes]) -> tuple[Learner, RunSpec]:
