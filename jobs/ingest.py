@@ -40,7 +40,7 @@ from pipelines.errors import FigmentError
 LOG_EVERY_S = 5.0  # a line of its own, where there is no terminal to overwrite one
 
 SOURCE_HELP = (
-    "Archive or folder to read: a local path, https://… or s3://…; IDX and SVHN: the folder, or one of the image files."
+    "Archive or folder to read: a local path, https://… or s3://…; IDX, SVHN, CelebA: the folder, or one of its files."
     f" Or a data set known by name, which is downloaded to $FIGMENT_CACHE"
     f" (default: ~/.cache/figment): {', '.join(KNOWN)}."
 )
@@ -48,7 +48,8 @@ SOURCE_HELP = (
 FORMAT_HELP = (
     f"Format of the source: auto (looks inside), {', '.join(FORMATS)}."
     " folders: CLASS/x.png or {train,test,val}/CLASS/x.png. arrays: an .npz file as data/render_heads.py writes it."
-    " svhn: {train,test,extra}_32x32.mat, those that are there."
+    " svhn: {train,test,extra}_32x32.mat, those that are there. celeba: img_align_celeba.zip with list_attr_celeba.txt"
+    " and list_eval_partition.txt."
 )
 
 

@@ -196,7 +196,7 @@ def _lines(source: Source, path: str) -> Iterator[list[bytes]]:
                 source.refuse(
                     f"is longer than the {LINE_BYTES:,} bytes that a line has at most"
                     if len(line) > LINE_BYTES
-                    else f"stands beyond the {TEXT_BYTES / 1e6:,.0f} MB that a list of CelebA may have"
+                    else f"stands beyond the {TEXT_BYTES / 1e6:,} MB that a list of CelebA may have"
                 )
             if not line:
                 return

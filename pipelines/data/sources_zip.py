@@ -38,16 +38,15 @@ def open_zip(source: Source, path: str) -> Iterator[tuple[IO[bytes], list[zipfil
     name = path.rpartition("/")[2]
     with source.fs.open_input_file(path) as file:
         source.at = name
-        stream = _Bounded(source, file)
         try:
-            with zipfile.ZipFile(stream) as archive:
+            with zipfile.ZipFile(_Bounded(source, file)) as archive:
                 end, members = archive.start_dir, archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, _OutsideError) as error:
             source.refuse(f"is no whole zip ({' '.join(str(error).split())}): cut off or damaged, fetch it again")
         members = sorted((m for m in members if not m.is_dir()), key=lambda member: member.header_offset)
         _check(source, name, members, end)
         source.at = name
-        yield stream, members
+        yield io.BufferedReader(_Jumping(source, file), FETCH), members  # in which short jumps cost nothing
 
 
 def _check(source: Source, name: str, members: list[zipfile.ZipInfo], end: int) -> None:
@@ -96,6 +95,10 @@ def read_member(source: Source, stream: IO[bytes], member: zipfile.ZipInfo) -> b
     return data
 
 
+class _OutsideError(OSError):
+    """A jump to before the file: `zipfile` tries some, and knows them by `OSError`."""
+
+
 class _Jumping(io.RawIOBase):
     """A file of pyarrow that tells the source how many bytes of it have gone by."""
 
@@ -110,7 +113,10 @@ class _Jumping(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._file.seek(offset, whence)
+        try:
+            self._file.seek(offset, whence)
+        except (ValueError, OverflowError) as error:
+            raise _OutsideError(*error.args) from error
         return self.tell()
 
     def tell(self) -> int:
@@ -123,7 +129,7 @@ class _Jumping(io.RawIOBase):
 
 
 class _Bounded(io.BufferedReader):
-    """Large pieces of it, in which short jumps cost nothing. Nobody is given more at once than a directory may have."""
+    """For `zipfile`, which asks for a directory as large as the archive claims: no more than it may have."""
 
     def __init__(self, source: Source, file: pa.NativeFile) -> None:
         super().__init__(_Jumping(source, file), FETCH)
@@ -131,8 +137,8 @@ class _Bounded(io.BufferedReader):
 
     def read(self, size: int | None = -1) -> bytes:
         wanted = self._size - self.tell() if size is None or size < 0 else size
-        if wanted > max(DIRECTORY_BYTES, self._source.limits.file_bytes):
+        if wanted > DIRECTORY_BYTES:
             self._source.refuse(
                 f"its directory would have {wanted:,} bytes, more than the {DIRECTORY_BYTES:,} that are read"
             )
-        return super().read(wanted)
+        return super().read(wanted)  # what is not there is not read
