@@ -40,7 +40,7 @@ from pipelines.errors import FigmentError
 LOG_EVERY_S = 5.0  # a line of its own, where there is no terminal to overwrite one
 
 SOURCE_HELP = (
-    "Archive or folder to read: a local path, https://… or s3://…; IDX and SVHN: the folder, or one of the image files."
+    "Archive or folder to read: a local path, https://… or s3://…; IDX, SVHN, CelebA: the folder, or one of its files."
     f" Or a data set known by name, which is downloaded to $FIGMENT_CACHE"
     f" (default: ~/.cache/figment): {', '.join(KNOWN)}."
 )
@@ -48,7 +48,8 @@ SOURCE_HELP = (
 FORMAT_HELP = (
     f"Format of the source: auto (looks inside), {', '.join(FORMATS)}."
     " folders: CLASS/x.png or {train,test,val}/CLASS/x.png. arrays: an .npz file as data/render_heads.py writes it."
-    " svhn: {train,test,extra}_32x32.mat, those that are there."
+    " svhn: {train,test,extra}_32x32.mat, those that are there. celeba: img_align_celeba.zip with list_attr_celeba.txt"
+    " and list_eval_partition.txt."
 )
 
 
@@ -64,6 +65,9 @@ class IngestJob:
     size: int | None = None
     """Side of the stored images in pixels: shorter side to this size, then a centre crop (32, 64, 128, 256).
     Default: 64 for image files; CIFAR, SVHN and IDX keep their own."""
+    crop: int | None = None
+    """Side in pixels of the source of a square that is cut from the middle first, and then resized. Default: 108 for
+    CelebA (--crop 178 takes its whole width), else as large as the image has room for. A smaller image is a bad one."""
     encoding: Literal["auto", "raw", "png", "jpeg", "webp"] = "auto"
     """How images are stored; auto: raw pixels up to 64x64, else webp. Only jpeg (quality 95) loses something."""
     rows_per_shard: int | None = None
@@ -102,6 +106,7 @@ def carry_out(job: IngestJob, by_name: Known | None, called: str | None = None) 
         dataset_name=job.dataset_name or (by_name.name if by_name else ""),
         format=by_name.format if by_name else job.format,
         size=job.size,
+        crop=job.crop,
         encoding=job.encoding,
         rows_per_shard=job.rows_per_shard,
         on_bad_image=job.on_bad_image,
@@ -210,6 +215,8 @@ def _print_plan(source: Source, layout: Layout, options: IngestOptions, dest: st
     print(f"format          {layout.format}")
     print(f"data set        {options.dataset_name} in {redact(dest)}")
     print(f"images          {channels} x {height} x {width}, stored as {layout.encoding}")
+    if layout.crop is not None:
+        print(f"crop            the middle {layout.crop} x {layout.crop} pixels of an image, made so large")
     print(f"rows per shard  {layout.rows_per_shard:,}")
     print(f"open shards     {layout.open_shards:,}, up to {layout.held_bytes / 1e6:,.0f} MB in memory")
     print(f"bad images      {options.on_bad_image}")

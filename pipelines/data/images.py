@@ -4,7 +4,8 @@ The centre square (half a pixel off where it cannot lie in the middle) is made `
 antialiasing (the support of the filter is widened by the scale), the filter that evaluation of generative models
 settled on (Parmar et al. 2022, "On Aliased Resizing"). Torch computes it, Pillow that of more than `BY_TORCH` pixels. A
 JPEG of at least four times the size is first reduced by a power of two inside its DCT, to no less than `REDUCED` times
-the wanted size.
+the wanted size. With a `crop` the square has so many pixels a side of the upright picture, whatever lies around it, and
+nothing is reduced before; a picture with fewer is bad, for nothing is made up.
 
 Every pixel becomes 8 bits of red, green and blue by the rules that Pillow documents: palettes are looked up, CMYK and
 YCCK are converted without a profile, transparency is dropped and leaves the colour under it. One exception: grey of 16
@@ -136,14 +137,16 @@ def prepare(
     encoding: str,
     fs: pafs.FileSystem | None = None,
     limits: Limits | None = None,
+    crop: int | None = None,
 ) -> list[Row | Bad]:
-    """One `Row` or `Bad` an image, in order. `size` None leaves raw pixels as they are; `fs` is where image files lie.
+    """One `Row` or `Bad` an image, in order. `size` None leaves raw pixels as they are; `fs` is where image files lie;
+    `crop` is the side of the centre square that is resized, None the shorter side, and comes with a `size`.
 
     Files are always made RGB, and the EXIF orientation is applied.
     """
     if size is None and encoding == "raw" and all(isinstance(image, RawImage) for image in images):
         return _as_they_are([image for image in images if isinstance(image, RawImage)])
-    return [_prepare_one(image, size, encoding, fs, limits or Limits()) for image in images]
+    return [_prepare_one(image, size, encoding, fs, limits or Limits(), crop) for image in images]
 
 
 def _as_they_are(images: list[RawImage]) -> list[Row | Bad]:
@@ -154,7 +157,12 @@ def _as_they_are(images: list[RawImage]) -> list[Row | Bad]:
 
 
 def _prepare_one(
-    image: SourceImage, size: int | None, encoding: str, fs: pafs.FileSystem | None, limits: Limits
+    image: SourceImage,
+    size: int | None,
+    encoding: str,
+    fs: pafs.FileSystem | None,
+    limits: Limits,
+    crop: int | None,
 ) -> Row | Bad:
     if isinstance(image, BadFile):
         return Bad(image.member, image.reason)
@@ -167,7 +175,7 @@ def _prepare_one(
             raise FigmentError(f"{image.path} cannot be read: {' '.join(str(error).split())}") from error
         image = EncodedImage(image.split, data, image.label, image.member, image.columns)
     try:
-        planes = _planes(image, size, limits)
+        planes = _planes(image, size, limits, crop)
         stored = planes.tobytes() if encoding == "raw" else _encode(_from_pixels(planes), encoding)
     except DAMAGE as error:
         return Bad(image.member, " ".join(str(error).split()) or type(error).__name__)
@@ -176,16 +184,30 @@ def _prepare_one(
     return Row(stored, image.label, sums, image.columns)
 
 
-def _planes(image: RawImage | EncodedImage, size: int | None, limits: Limits) -> np.ndarray:
+def _planes(image: RawImage | EncodedImage, size: int | None, limits: Limits, crop: int | None) -> np.ndarray:
     """(C, H, W) of what is stored."""
     if isinstance(image, RawImage):
-        if size is None or image.pixels.shape[1:] == (size, size):
-            return image.pixels
-        return _resized(_from_pixels(image.pixels), size)
-    picture = _decoded(image.data, size, limits)
+        pixels = image.pixels
+        if crop is not None:
+            left, top, right, bottom = _centre(pixels.shape[2], pixels.shape[1], crop)
+            pixels = pixels[:, top:bottom, left:right]
+        if size is None or pixels.shape[1:] == (size, size):
+            return pixels
+        return _resized(_from_pixels(pixels), size)
+    picture = _decoded(image.data, size if crop is None else None, limits)
+    if crop is not None:
+        picture = picture.crop(_centre(*picture.size, crop))
     if size is None or picture.size == (size, size):
         return np.asarray(picture).transpose(2, 0, 1)
     return _resized(picture, size)
+
+
+def _centre(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the square in the middle."""
+    if min(width, height) < side:
+        raise BadImageError(f"its {width:,} x {height:,} pixels have no square of {side:,}, which --crop wants")
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:
@@ -195,7 +217,7 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
 
 
 def _decoded(data: bytes | memoryview, size: int | None, limits: Limits) -> Image.Image:
-    """An upright RGB image."""
+    """An upright RGB image, with a `size` perhaps reduced."""
     picture = open_image(data, FILE_FORMATS)
     _check_claim(picture.size, len(data), limits)
     if size is not None:
@@ -251,13 +273,13 @@ def _resized(picture: Image.Image, size: int) -> np.ndarray:
 
     width, height = picture.size
     side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    left, top, right, bottom = _centre(width, height, side)
     if width * height > BY_TORCH:
-        square = picture.crop((left, top, left + side, top + side))
+        square = picture.crop((left, top, right, bottom))
         return _pixels(square.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)[
             : len(square.getbands())
         ]
-    pixels = _pixels(picture)[top : top + side, left : left + side].copy()
+    pixels = _pixels(picture)[top:bottom, left:right].copy()
     # With its four dimensions in this order torch takes the pixels as they lie.
     made = interpolate(from_numpy(pixels[None]).permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[0]
     return made[: len(picture.getbands())].numpy()

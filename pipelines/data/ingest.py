@@ -197,7 +197,7 @@ class _Run:
 
     def _prepare(self, placed: Iterator[tuple[_Place, SourceImage]]) -> Iterator[tuple[_Place, Row | Bad]]:
         """Decodes on Ray workers, in order, with a bounded number of batches on their way."""
-        size, encoding = self._layout.size, self._layout.encoding
+        size, encoding, crop = self._layout.size, self._layout.encoding, self._layout.crop
         batch = max(1, min(BATCH_IMAGES, RESULT_BYTES // self._layout.image_bytes))
         if size is None and encoding == "raw":  # nothing to compute: a worker would cost more than it gains
             for places, images in _batches(placed, batch):
@@ -210,7 +210,7 @@ class _Run:
         try:
             for places, images in _batches(placed, batch):
                 fs = self._source.fs if any(isinstance(image, ImageFile) for image in images) else None
-                in_flight.append((places, task.remote(images, size, encoding, fs, self._source.limits)))
+                in_flight.append((places, task.remote(images, size, encoding, fs, self._source.limits, crop)))
                 while len(in_flight) >= most_in_flight:
                     yield from self._checked(*self._await(*in_flight.popleft()))
             while in_flight:
@@ -270,6 +270,8 @@ class _Run:
         everything = [p for found in packed.values() for p in found]
         members = tuple(chain.from_iterable(p.skipped_members for p in everything))[:SKIPPED_SHOWN]
         source: dict[str, object] = {"url": self._source.name, "format": self._layout.format, "key": key}
+        if self._layout.crop is not None:
+            source["crop"] = self._layout.crop
         if self._layout.format in CITATIONS:
             source["citation"] = CITATIONS[self._layout.format]
         source |= {**self._source.about, **self._source.found}

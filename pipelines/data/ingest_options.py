@@ -22,6 +22,9 @@ Encoding = Literal["auto", "raw", "png", "jpeg", "webp"]
 RAW_UP_TO = 64  # pixels a side; larger images are encoded: as WebP, the best lossless of `benchmarks.encodings`
 DEFAULT_SIZE = 64  # pixels a side, for sources of image files
 SIZES = range(8, 1025)
+DEFAULT_CROP = {"celeba": 108}
+"""Pixels a side of the centre square that a format's images are known by, where it is not the whole shorter side."""
+
 SHARD_BYTES = 8 * 2**20
 SHARD_ROWS = range(16, 4097)
 HELD_BYTES = 600_000_000  # of stored images, that the driver holds in open shards and in those being written
@@ -37,6 +40,7 @@ class IngestOptions:
     dataset_name: str
     format: str = "auto"
     size: int | None = None  # pixels a side; None: raw pixels keep theirs, image files get DEFAULT_SIZE
+    crop: int | None = None  # pixels a side of the source, cut from its middle first; None: DEFAULT_CROP, or all
     encoding: Encoding = "auto"
     rows_per_shard: int | None = None
     on_bad_image: Literal["fail", "skip"] = "fail"
@@ -46,6 +50,8 @@ class IngestOptions:
         check_name(self.dataset_name)
         if self.size is not None and self.size not in SIZES:
             raise FigmentError(f"size {self.size} is not in {SIZES[0]} … {SIZES[-1]} pixels")
+        if self.crop is not None and self.crop < SIZES[0]:
+            raise FigmentError(f"crop must be at least {SIZES[0]} pixels, not {self.crop}")
         if self.encoding not in get_args(Encoding):
             raise FigmentError(f"unknown encoding {self.encoding!r}; known: {', '.join(get_args(Encoding))}")
         if self.rows_per_shard is not None and self.rows_per_shard < 1:
@@ -64,6 +70,7 @@ class Layout:
     image_shape: tuple[int, int, int]
     rows_per_shard: int
     open_shards: int
+    crop: int | None = None  # None: the centre square is as large as the shorter side
 
     @property
     def image_bytes(self) -> int:
@@ -106,11 +113,14 @@ def plan_layout(source: Source, options: IngestOptions) -> tuple[Layout, Images]
 
 def layout_of(format_name: str, first: SourceImage, options: IngestOptions) -> Layout:
     """What the options come to for a source of this format whose first image is `first`."""
+    crop = options.crop or DEFAULT_CROP.get(format_name)
     size = options.size
-    if size is None and not isinstance(first, RawImage):
-        size = DEFAULT_SIZE
+    if size is None:
+        size = crop if isinstance(first, RawImage) else DEFAULT_SIZE
+    if size is not None and size not in SIZES:
+        raise FigmentError(f"a crop of {size:,} pixels is not stored as it is: say --size {SIZES[0]} … {SIZES[-1]}")
     shape = stored_shape(first, size)
-    if size is not None and isinstance(first, RawImage) and first.pixels.shape == shape:
+    if crop is None and isinstance(first, RawImage) and first.pixels.shape == shape:
         size = None
     encoding: str = options.encoding
     if encoding == "auto":
@@ -120,7 +130,7 @@ def layout_of(format_name: str, first: SourceImage, options: IngestOptions) -> L
         wanted = int(SHARD_BYTES / (np.prod(shape) * BYTES_A_VALUE[encoding]))
         rows = min(max(wanted, SHARD_ROWS[0]), SHARD_ROWS[-1])
     open_shards = shards_at_once(options, rows, most_bytes(shape, encoding))
-    return Layout(format_name, size, encoding, shape, rows, open_shards)
+    return Layout(format_name, size, encoding, shape, rows, open_shards, crop)
 
 
 def _with_first(first: SourceImage, rest: Images) -> Images:
@@ -134,6 +144,9 @@ def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
     if not files:
         with source.reading():
             files = fingerprint(source)
+    settings = asdict(layout)
+    if layout.crop is None:  # else the key is what it was before there were any
+        del settings["crop"]
     body = {
         "revision": REVISION,
         "pillow": PIL.__version__,
@@ -145,6 +158,6 @@ def ingest_key(source: Source, options: IngestOptions, layout: Layout) -> str:
         "dataset": options.dataset_name,
         "on_bad_image": options.on_bad_image,
         "mix_shards": options.mix_shards,
-        "layout": asdict(layout),
+        "layout": settings,
     }
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

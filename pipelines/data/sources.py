@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 
 from pipelines.data.columns import ColumnError, check_described, check_row
 from pipelines.data.sources_arrays import cifar10_binary, cifar10_python, idx, idx_pairs
+from pipelines.data.sources_celeba import celeba, celeba_files
 from pipelines.data.sources_cifar100 import cifar100_binary, cifar100_python
 from pipelines.data.sources_files import folders, imagenet_train, imagenet_val
 from pipelines.data.sources_io import BadFile, Images, Source, SourceImage
@@ -37,9 +38,10 @@ FORMATS: dict[str, Callable[[Source], Images]] = {
     "folders": folders,
     "arrays": arrays,
     "svhn": svhn,
+    "celeba": celeba,
 }
 
-SPLITS_IN_TURN = ("arrays", "idx", "imagenet-train", "imagenet-val", "folders", "svhn")
+SPLITS_IN_TURN = ("arrays", "celeba", "idx", "imagenet-train", "imagenet-val", "folders", "svhn")
 """Formats that give one split after the other; the batches of CIFAR lie in its archives in any order."""
 
 CITATIONS = {
@@ -47,6 +49,7 @@ CITATIONS = {
     "cifar10-python": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
     "cifar100-binary": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
     "cifar100-python": 'A. Krizhevsky (2009), "Learning Multiple Layers of Features from Tiny Images"',
+    "celeba": 'Z. Liu, P. Luo, X. Wang, X. Tang (2015), "Deep Learning Face Attributes in the Wild"',
     "svhn": 'Y. Netzer et al. (2011), "Reading Digits in Natural Images with Unsupervised Feature Learning"',
     "imagenet-train": 'O. Russakovsky et al. (2015), "ImageNet Large Scale Visual Recognition Challenge"',
     "imagenet-val": 'O. Russakovsky et al. (2015), "ImageNet Large Scale Visual Recognition Challenge"',
@@ -72,6 +75,8 @@ def detect_format(source: Source) -> str:
         return "arrays"
     if svhn_files(source):
         return "svhn"
+    if celeba_files(source):
+        return "celeba"
     kind = source.fs.get_file_info(source.path).type
     if kind == pafs.FileType.NotFound:
         source.refuse("there is no such file or folder")
@@ -98,7 +103,8 @@ def fingerprint(source: Source) -> str:
             relative = info.path.removeprefix(source.path)
             digest.update(f"{relative} {info.type.name} {info.size} {info.mtime_ns}\n".encode())
 
-    own = [path for pair in idx_pairs(source).values() for path in pair if path] or [*svhn_files(source).values()]
+    own = [path for pair in idx_pairs(source).values() for path in pair if path]
+    own = own or [*svhn_files(source).values()] or [*celeba_files(source).values()]
     if own:
         note(source.fs.get_file_info(own))
         return digest.hexdigest()

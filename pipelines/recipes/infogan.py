@@ -71,16 +71,13 @@ def infogan_svhn() -> RunSpec:
 
 
 def infogan_celeba() -> RunSpec:
-    """The paper's codes for CelebA, ten of ten categories and 128 numbers of noise, at 64x64.
-
-    Samples are compared with training images, unless the data set was ingested with a split of its own.
-    """
+    """The paper's codes for CelebA, ten of ten categories and 128 numbers of noise, at 64x64."""
     return RunSpec(
         recipe="infogan-celeba",
         model=infogan.Config(noise=128, categories=(10,) * 10, continuous=0, hidden=0),
-        data=DataSpec(dataset="celeba64", eval_split="train"),
+        data=DataSpec(dataset="celeba64"),
         training=TrainingSpec(
-            images=4_000_000,  # some 20 epochs
+            images=4_000_000,  # some 25 epochs
             batch_size=128,
             precision="bf16",
             log_every=20_000,
@@ -97,7 +94,11 @@ RECIPES: dict[str, Recipe] = {
     "infogan-svhn": Recipe(infogan_svhn, Downloaded("svhn"), "one GPU"),
     "infogan-celeba": Recipe(
         infogan_celeba,
-        Fetched("img_align_celeba.zip of mmlab.ie.cuhk.edu.hk/projects/CelebA, unpacked", "img_align_celeba --size 64"),
+        Fetched(
+            "img_align_celeba.zip, list_attr_celeba.txt and list_eval_partition.txt of"
+            " mmlab.ie.cuhk.edu.hk/projects/CelebA in one FOLDER",
+            "FOLDER",
+        ),
         "one GPU",
     ),
 }

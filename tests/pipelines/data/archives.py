@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,34 @@ def idx(folder: Path, train: Images, test: Images, *, compressed: bool = True) -
             path = folder / f"{stem}-{kind}-ubyte{'.gz' if compressed else ''}"
             path.write_bytes(gzip.compress(data) if compressed else data)
     return folder
+
+
+# --- CelebA ---------------------------------------------------------------------------------------------------------
+
+CELEBA_NAMES = tuple(f"Attribute_{i}" for i in range(40))
+
+
+def celeba(folder: Path, files: Sequence[bytes], attributes: np.ndarray, parts: Sequence[int]) -> Path:
+    """000001.jpg …, each with its 40 attributes (0 or 1) and its part (0, 1 or 2), spaced as the official lists are."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{i:06d}.jpg" for i in range(1, len(files) + 1)]
+    zip_of(folder / "img_align_celeba.zip", {f"img_align_celeba/{n}": f for n, f in zip(names, files, strict=True)})
+    rows = [f"{n} {' '.join(f'{2 * int(v) - 1:2d}' for v in row)}" for n, row in zip(names, attributes, strict=True)]
+    head = [str(len(files)), " ".join(CELEBA_NAMES) + " "]
+    (folder / "list_attr_celeba.txt").write_text("\n".join([*head, *rows, ""]))
+    partition = [f"{n} {part}" for n, part in zip(names, parts, strict=True)]
+    (folder / "list_eval_partition.txt").write_text("\n".join([*partition, ""]))
+    return folder
+
+
+def zip_of(path: Path, members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    """With an entry of its own for each folder, as archivers write them."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for parent in sorted({name.rpartition("/")[0] for name in members} - {""}):
+            archive.mkdir(parent)
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
 
 
 # --- image files ----------------------------------------------------------------------------------------------------
