@@ -22,11 +22,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from models.contract import Samples
-from models.metrics import kernel, manifold
+from models.metrics import kernel, manifold, modes
+from models.metrics.frechet import PROTOCOL as FID_PROTOCOL
 from models.metrics.frechet import frechet_distance, moments_from_tensors
 from models.metrics.inception_score import inception_score
 from models.metrics.inception_score import protocol as inception_protocol
-from models.metrics.modes import class_counts, modes_of
 from pipelines.data.manifest import Manifest
 from pipelines.data.windows import Layout
 from pipelines.errors import FigmentError
@@ -124,7 +124,7 @@ def measure(
 def figures(real: Share, fake: Share, protocol: Callable[[str], Protocol], settings: Settings) -> Measured:
     """All figures that two shares allow."""
     found: dict[str, float] = {"fid": frechet_distance(real.moments, fake.moments)}
-    metrics = {"fid": "fid-1"}
+    metrics = {"fid": FID_PROTOCOL}
     ours, theirs = real.features[: settings.pairs], fake.features[: settings.pairs]
     by_kernel = kernel.Settings()
     found["kid"], found["kid_std"] = kernel.kernel_distance(ours, theirs, by_kernel)
@@ -135,9 +135,9 @@ def figures(real: Share, fake: Share, protocol: Callable[[str], Protocol], setti
     for name, value in manifold.measure(ours, theirs, by_balls).items():
         found[name] = value
         metrics[name] = f"{by_balls.protocol()} pairs={len(ours)}x{len(theirs)}"
-    covered = modes_of(class_counts(fake.logits.argmax(1), fake.logits.shape[1]))
+    covered = modes.modes_of(modes.class_counts(fake.logits.argmax(1), fake.logits.shape[1]))
     found |= {"classes_covered": float(covered.covered), "class_kl": covered.kl}
-    metrics |= {name: f"modes-1 classes={covered.of}" for name in ("classes_covered", "class_kl")}
+    metrics |= {name: modes.protocol(covered.of) for name in ("classes_covered", "class_kl")}
     return Measured(found, {name: str(protocol(metric)) for name, metric in metrics.items()})
 
 

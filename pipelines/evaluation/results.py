@@ -50,7 +50,7 @@ def result_of(
     run: str, recipe: str, settings: dict[str, object], seed: int, images_seen: int, measured: Measured
 ) -> Result:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat()
     return Result(run, recipe, digest, seed, images_seen, measured.figures, measured.protocols, now)
 
 
