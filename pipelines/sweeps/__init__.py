@@ -1,0 +1,1 @@
+"""Searches over settings: what may vary, what is wanted, and what came out."""
