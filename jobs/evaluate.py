@@ -6,7 +6,8 @@
     python -m jobs.evaluate data cifar10 noise --features runs/features-cifar10     … and noise or grey: the ceiling
     python -m jobs.evaluate compare runs/a runs/b runs/c
 
-Figures are kept beside the run, with the protocol of each, and go to its page in MLflow.
+Figures are kept beside the run, with the protocol of each, and stand on its page in MLflow as tags. A run may be
+measured while it is trained: its newest checkpoint is, and its status stays what it is.
 """
 
 from __future__ import annotations
@@ -109,46 +110,39 @@ def main() -> None:
 
 def of_run(command: OfRun) -> None:
     from pipelines.data.manifest import load_manifest
-    from pipelines.evaluation.measure import Settings, Subject, measure
+    from pipelines.evaluation.feature_networks import feature_network
+    from pipelines.evaluation.measure import Settings, measure, run_subject
     from pipelines.evaluation.results import keep, result_of
-    from pipelines.objects import read_json
-    from pipelines.training.history import newest_bundle
+    from pipelines.objects import exists, read_json, read_object
 
     how, fs = command.how, open_storage(_store(command.how.store))
     folder = _folder(command.run)
-    found, _ = newest_bundle(fs, folder)
-    if found is None:
-        raise FigmentError(f"{folder} has no checkpoint: name a run that has one, as runs/NAME")
-    spec, seen = found.bundle.spec, found.bundle.images_seen
+    if not exists(fs, f"{folder}/run.json"):
+        raise FigmentError(f"there is no run {folder} in the storage: name one as runs/NAME")
+    subject = run_subject(fs, folder)
+    assert subject.drawn_by is not None
+    spec, seen = subject.drawn_by.spec, subject.drawn_by.images_seen
     manifest = load_manifest(fs, read_json(fs, f"{folder}/run.json")["dataset"])
+    network = feature_network(fs, _folder(how.features))
     connect_ray()
-    measured = measure(
-        fs,
-        Subject("run", folder),
-        manifest,
-        command.split or spec.data.eval_split,
-        _folder(how.features),
-        Settings(how.samples, how.seed, how.pairs),
-        _say,
-    )
-    settings = spec.to_dict()
-    settings["training"] = {k: v for k, v in settings["training"].items() if k != "seed"}
-    result = result_of(folder.removeprefix("runs/"), spec.recipe, settings, spec.training.seed, seen, measured)
-    path = keep(fs, folder, result)
+    settings = Settings(how.samples, how.seed, how.pairs)
+    measured = measure(fs, subject, manifest, command.split or spec.data.eval_split, network, settings, _say)
+    path = keep(fs, folder, result_of(subject.name, spec, seen, measured))
     uri = how.tracking or os.environ.get("MLFLOW_TRACKING_URI", "none")
     if uri != "none":
-        from pipelines.tracking import Tracking, open_run
+        from pipelines.tracking import Tracking, add_to_run
 
-        run = open_run(Tracking(uri), name=result.run, outbox=(fs, f"{folder}/tracking-outbox"), system_metrics_s=None)
-        run.metrics({f"eval/{name}": value for name, value in measured.figures.items()}, seen)
-        run.tags({f"protocol.{name}": text for name, text in measured.protocols.items()})
-        run.close("FINISHED")
+        # A figure and its protocol in one tag: two of them could come to be of two measurements.
+        tags = {f"eval.{name}": f"{value:.6g} {measured.protocols[name]}" for name, value in measured.figures.items()}
+        files = {f"evaluations/{path.rpartition('/')[2]}": read_object(fs, path)}
+        add_to_run(Tracking(uri), (fs, f"{folder}/tracking-outbox"), tags=tags, artifacts=files)
     _show(measured.figures, measured.protocols)
     _say(f"kept in {path}")
 
 
 def of_data(command: OfData) -> None:
     from pipelines.data.manifest import load_manifest
+    from pipelines.evaluation.feature_networks import feature_network
     from pipelines.evaluation.measure import Settings, Subject, measure
 
     how, fs = command.how, open_storage(_store(command.how.store))
@@ -157,25 +151,26 @@ def of_data(command: OfData) -> None:
     subject = Subject(name if name in ("noise", "grey") else "split", name)  # type: ignore[arg-type]
     if subject.kind == "split":
         manifest.shards(name)
+    network = feature_network(fs, _folder(how.features))
     connect_ray()
     settings = Settings(how.samples, how.seed, how.pairs)
-    measured = measure(fs, subject, manifest, command.split, _folder(how.features), settings, _say)
+    measured = measure(fs, subject, manifest, command.split, network, settings, _say)
     _show(measured.figures, measured.protocols)
 
 
 def compare(command: Compare) -> None:
-    from pipelines.evaluation.results import results_of, table
+    from pipelines.evaluation.results import alike, results_of, table
 
     fs = open_storage(_store(command.store))
-    found = []
-    for run in command.runs:
-        results = results_of(fs, _folder(run))
+    of_runs = []
+    for run in dict.fromkeys(map(_folder, command.runs)):
+        results = results_of(fs, run)
         if not results:
             raise FigmentError(f"nothing was measured of {run}: python -m jobs.evaluate run {run} --features RUN")
-        found.append(results[-1])
-    if not found:
+        of_runs.append(results)
+    if not of_runs:
         raise FigmentError("no run is named: python -m jobs.evaluate compare runs/a runs/b")
-    _say(table(found))
+    _say(table(alike(of_runs)))
 
 
 def _store(given: str | None) -> str:

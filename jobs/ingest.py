@@ -216,7 +216,7 @@ def _print_plan(source: Source, layout: Layout, options: IngestOptions, dest: st
     print(f"data set        {options.dataset_name} in {redact(dest)}")
     print(f"images          {channels} x {height} x {width}, stored as {layout.encoding}")
     if layout.crop is not None:
-        print(f"crop            the middle {layout.crop} x {layout.crop} pixels of an image, made so large")
+        print(f"crop            the middle {layout.crop} x {layout.crop} pixels of each image, then resized")
     print(f"rows per shard  {layout.rows_per_shard:,}")
     print(f"open shards     {layout.open_shards:,}, up to {layout.held_bytes / 1e6:,.0f} MB in memory")
     print(f"bad images      {options.on_bad_image}")

@@ -55,7 +55,8 @@ def main() -> None:
     if store is None and (to_store or folder):
         raise FigmentError("no storage is named: set FIGMENT_STORE or --store, e.g. to s3://bucket/prefix")
     if folder:
-        learner, spec, _ = learner_from_checkpoint(open_storage(str(store)), folder)
+        restored = learner_from_checkpoint(open_storage(str(store)), folder)
+        learner, spec = restored.learner, restored.spec
     else:
         from pipelines.tracking import Tracking, fetch_published
 

@@ -48,8 +48,9 @@ def cifar100_binary(source: Source) -> Images:
             split = member.base_name.removesuffix(".bin")
             for first, records in cifar_records(source, member, RECORD):
                 families.check(source, records[:, 1], records[:, 0], first)
-                for i, record in enumerate(records, first):
-                    pixels, family = record[2:].reshape(CIFAR_SHAPE), {FAMILY.name: record[:1]}
+                of_records = records[:, :1].copy()  # a view would keep the whole piece of the archive
+                for i, (record, coarse_label) in enumerate(zip(records, of_records, strict=True), first):
+                    pixels, family = record[2:].reshape(CIFAR_SHAPE), {FAMILY.name: coarse_label}
                     yield RawImage(split, pixels, int(record[1]), f"{member.name}[{i}]", family)
     return _checked(source, names.get("fine", ()), names.get("coarse", ()), "{fine,coarse}_label_names.txt")
 

@@ -191,6 +191,8 @@ def _array(
         if fortran or found.hasobject or (dtype is not None and found != dtype):
             order = "Fortran" if fortran else "C"
             source.refuse(f"is an array of {found} in {order} order, {dtype or 'numbers'} in C order are read")
+        if any(length < 0 for length in shape):  # NumPy reads such a header
+            source.refuse(f"its header counts {shape} items, of which a number is below 0")
         if math.prod(shape) * found.itemsize > info.file_size:
             source.refuse(f"its header counts {shape} items of {found}, more than its {info.file_size:,} bytes hold")
         yield _Member(stream, found), shape

@@ -37,14 +37,15 @@ class FeatureNetwork:
 
 def feature_network(fs: pafs.FileSystem, folder: str) -> FeatureNetwork:
     """From a run or checkpoint of a model that `Embeds`, in the storage. `FigmentError` for any other."""
-    learner, spec, shape = learner_from_checkpoint(fs, folder)
+    restored = learner_from_checkpoint(fs, folder)
+    learner, spec = restored.learner, restored.spec
     if not isinstance(learner, Embeds):
         raise FigmentError(
             f"{folder} is a run of {models.name_of(spec.model)!r}, which gives no features; train one that does:"
             " python -m jobs.evaluate train-features DATASET"
         )
     kind, digits = models.name_of(spec.model), weights_hash(learner.networks())
-    return FeatureNetwork(f"{kind}:{digits}", learner, shape)
+    return FeatureNetwork(f"{kind}:{digits}", learner, restored.image_shape)
 
 
 def weights_hash(networks: dict[str, nn.Module]) -> str:

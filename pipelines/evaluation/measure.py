@@ -2,16 +2,18 @@
 
     python -m jobs.evaluate run RUN --features RUN_OF_A_CLASSIFIER
 
-One task a core takes the next piece of work; it loads weights from the storage once. What real images leave behind is
-kept in the storage, `evaluations/reference/DATASET@VERSION-SPLIT/NETWORK.safetensors`: it is computed once.
+One task a core takes the next piece of work, with the weights that were loaded at the start. What real images leave
+behind is kept in the storage, `evaluations/reference/DATASET@VERSION-SPLIT/NETWORK-PAIRS.safetensors` (the sha256 of it
+behind it): it is computed once.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import ray
@@ -30,9 +32,9 @@ from models.metrics.inception_score import protocol as inception_protocol
 from pipelines.data.manifest import Manifest
 from pipelines.data.windows import Layout
 from pipelines.errors import FigmentError
-from pipelines.evaluation.feature_networks import FeatureNetwork, feature_network
+from pipelines.evaluation.feature_networks import FeatureNetwork
 from pipelines.evaluation.protocol import AS_THEY_ARE, Protocol
-from pipelines.evaluation.sampling import learner_from_checkpoint
+from pipelines.evaluation.sampling import Restored, learner_from_checkpoint
 from pipelines.evaluation.shares import (
     BLOCK,
     Share,
@@ -46,18 +48,29 @@ from pipelines.evaluation.shares import (
 from pipelines.objects import exists, read_object, write_object
 
 PIECE = 8  # blocks of a task
+FEWEST = 12  # images: ten parts of the Inception score, five neighbours of each
 KEPT = 10_000  # images whose features stay for what looks at pairs
 Say = Callable[[str], None]
-log = logging.getLogger(__name__)
+_DIGEST = hashlib.sha256().digest_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """What is measured: the samples of a run, or what a generator is compared with to know what a number means."""
 
     kind: Literal["run", "split", "noise", "grey"]
     name: str
-    """Folder of the run or checkpoint, name of the split, else what it is."""
+    """Of the run or the split, else what it is."""
+    drawn_by: Restored | None = None
+    """Of a run: the checkpoint, loaded once. A run may go on while it is measured."""
+
+
+def run_subject(fs: pafs.FileSystem, folder: str) -> Subject:
+    """The newest checkpoint of the run in `folder`, or the one that `folder` is. `FigmentError` if it draws nothing."""
+    restored = learner_from_checkpoint(fs, folder)
+    if not isinstance(restored.learner, Samples):
+        raise FigmentError(f"{folder} draws no images: it is a classifier; name a run of a generative model")
+    return Subject("run", folder.removeprefix("runs/").partition("/")[0], restored)
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,14 @@ class Settings:
     """Of the latents."""
     pairs: int = KEPT
     """Images of either set whose features are compared pair by pair, at most: precision and recall cost its square."""
+
+    def check(self, real: int) -> None:
+        """`FigmentError` where there are too few images for some figure, of which the split has `real`."""
+        for said, count in (("--samples", self.samples), ("--pairs", self.pairs), ("the split's images", real)):
+            if count < FEWEST:
+                raise FigmentError(f"{said}: {count}; the Inception score and the neighbours want {FEWEST} at least")
+        if self.seed < 0:
+            raise FigmentError(f"--seed is {self.seed}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -85,25 +106,29 @@ def measure(
     subject: Subject,
     manifest: Manifest,
     split: str,
-    features: str,
+    network: FeatureNetwork,
     settings: Settings,
     say: Say,
 ) -> Measured:
-    """Of a subject, against the images of a split, by the network in the run folder `features`.
-
-    `FigmentError` when the network, the subject and the data do not fit one another."""
-    network = feature_network(fs, features)
+    """Of a subject, against the images of a split. `FigmentError` when network, subject and data do not fit."""
+    settings.check(manifest.rows(split))
+    theirs = f"those of {manifest.name!r} are {_by(manifest.image_shape)}"
     if network.image_shape != manifest.image_shape:
         raise FigmentError(
-            f"{features} was trained on images of {_by(network.image_shape)}, and those of {manifest.name!r} are"
-            f" {_by(manifest.image_shape)}: measure by a network of the same size"
+            f"{network.name} was trained on images of {_by(network.image_shape)}, {theirs}: measure by a network of the"
+            " same size"
         )
-    weights = _checked(fs, subject, manifest) if subject.kind == "run" else "last"
-    real = reference(fs, manifest, split, features, network, settings.pairs, say)
+    drawn_by = subject.drawn_by
+    if drawn_by is not None and drawn_by.image_shape != manifest.image_shape:
+        raise FigmentError(
+            f"{subject.name} draws images of {_by(drawn_by.image_shape)}, {theirs}: measure against its own data set"
+        )
     if subject.kind == "split":
-        fake = reference(fs, manifest, subject.name, features, network, settings.pairs, say)
-    else:
-        fake = _drawn(fs, subject, manifest, features, settings, say)
+        settings.check(manifest.rows(subject.name))
+    # The weights travel with the tasks: who loaded them anew would find others where a run has gone on meanwhile.
+    looking = _Looking(fs, manifest, ray.put(network), ray.put(subject), settings, say)
+    real = reference(looking, network.name, split)
+    fake = reference(looking, network.name, subject.name) if subject.kind == "split" else _drawn(looking, subject)
 
     def protocol(metric: str) -> Protocol:
         return Protocol(
@@ -113,8 +138,8 @@ def measure(
             samples=len(fake.logits),
             data=f"{manifest.name}@{manifest.version}/{split}",
             real=len(real.logits),
-            weights=weights,
-            run=subject.name.removeprefix("runs/"),
+            weights=drawn_by.weights if drawn_by is not None else "last",
+            run=subject.name,
             seed=settings.seed,
         )
 
@@ -141,77 +166,75 @@ def figures(real: Share, fake: Share, protocol: Callable[[str], Protocol], setti
     return Measured(found, {name: str(protocol(metric)) for name, metric in metrics.items()})
 
 
-def reference(
-    fs: pafs.FileSystem,
-    manifest: Manifest,
-    split: str,
-    features: str,
-    network: FeatureNetwork,
-    pairs: int,
-    say: Say,
-) -> Share:
-    """What the real images leave behind, from the storage where it lies there already."""
-    kind = network.name.replace(":", "-")
-    path = f"evaluations/reference/{manifest.name}@{manifest.version}-{split}/{kind}-{pairs}.safetensors"
-    if exists(fs, path):
-        return _share_from(load_safetensors(read_object(fs, path)))
-    firsts, at = [], 0
-    shards = manifest.shards(split)
-    for shard in shards:
-        firsts.append(at)
-        at += shard.rows
-    work = [(first, ("split", split, (i,))) for i, first in enumerate(firsts)]
-    share = _computed(fs, manifest, features, work, at, pairs, 0, f"images of {manifest.name}/{split}", say)
+@dataclass(frozen=True)
+class _Looking:
+    """What all tasks of a measurement share; weights lie in the object store."""
+
+    fs: pafs.FileSystem
+    manifest: Manifest
+    network: Any  # ObjectRef of a FeatureNetwork
+    subject: Any  # ObjectRef of a Subject
+    settings: Settings
+    say: Say
+
+
+def reference(looking: _Looking, network: str, split: str) -> Share:
+    """What the real images leave behind, from the storage where it lies there whole already."""
+    fs, manifest, pairs = looking.fs, looking.manifest, looking.settings.pairs
+    folder = f"evaluations/reference/{manifest.name}@{manifest.version}-{split}"
+    path, rows = f"{folder}/{network.replace(':', '-')}-{pairs}.safetensors", manifest.rows(split)
+    known = _share_from(read_object(fs, path), rows, pairs) if exists(fs, path) else None
+    if known is not None:
+        return known
+    firsts = accumulate((shard.rows for shard in manifest.shards(split)), initial=0)
+    work = [
+        _Piece(first, "split", split, (i,), rows)
+        for i, first in zip(range(len(manifest.shards(split))), firsts, strict=False)
+    ]
+    share = _computed(looking, work, rows, f"images of {manifest.name}/{split}")
     tensors = {**share.moments.tensors(), "features": share.features, "logits": share.logits}
-    write_object(fs, path, save_safetensors(tensors))
+    body = save_safetensors(tensors)
+    write_object(fs, path, body + hashlib.sha256(body).digest())
     return share
 
 
-def _share_from(tensors: Mapping[str, Tensor]) -> Share:
-    return Share(0, moments_from_tensors(tensors), tensors["features"], tensors["logits"])
+def _share_from(data: bytes, rows: int, pairs: int) -> Share | None:
+    """None where it is not the whole of `rows` images: it is made again."""
+    body, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    tensors = load_safetensors(body)
+    share = Share(0, moments_from_tensors(tensors), tensors["features"], tensors["logits"])
+    whole = share.moments.count == len(share.logits) == rows and len(share.features) == min(rows, pairs)
+    return share if whole else None
 
 
-def _checked(fs: pafs.FileSystem, subject: Subject, manifest: Manifest) -> str:
-    """Whether the weights that a run draws by are averaged ones; `FigmentError` where it draws no such images."""
-    learner, spec, shape = learner_from_checkpoint(fs, subject.name)
-    if not isinstance(learner, Samples):
-        raise FigmentError(f"{subject.name} draws no images: it is a classifier; name a run of a generative model")
-    if shape != manifest.image_shape:
-        theirs = f"those of {manifest.name!r} are {_by(manifest.image_shape)}"
-        raise FigmentError(f"{subject.name} draws images of {_by(shape)}, {theirs}: measure against its own data set")
-    return "averaged" if spec.training.ema_half_life else "last"
-
-
-def _drawn(
-    fs: pafs.FileSystem, subject: Subject, manifest: Manifest, features: str, settings: Settings, say: Say
-) -> Share:
+def _drawn(looking: _Looking, subject: Subject) -> Share:
     """What samples, or what stands in their place, leave behind."""
-    blocks = range(-(-settings.samples // BLOCK))
+    n = looking.settings.samples
+    blocks = range(-(-n // BLOCK))
     pieces = [tuple(blocks[i : i + PIECE]) for i in range(0, len(blocks), PIECE)]
-    work = [(piece[0] * BLOCK, (subject.kind, subject.name, piece)) for piece in pieces]
-    said = f"samples of {subject.name}"
-    return _computed(fs, manifest, features, work, settings.samples, settings.pairs, settings.seed, said, say)
+    work = [_Piece(piece[0] * BLOCK, subject.kind, subject.name, piece, n) for piece in pieces]
+    return _computed(looking, work, n, f"samples of {subject.name}")
 
 
-Work = tuple[int, tuple[str, str, tuple[int, ...]]]
-"""Number of the first image, and (kind, name, blocks or shards) of what is to be looked at."""
+@dataclass(frozen=True)
+class _Piece:
+    """A task's share of the work."""
+
+    first: int  # number of its first image
+    kind: Literal["run", "split", "noise", "grey"]
+    name: str
+    numbers: tuple[int, ...]  # of the blocks, or of the split's shards
+    n: int  # images altogether
 
 
-def _computed(
-    fs: pafs.FileSystem,
-    manifest: Manifest,
-    features: str,
-    work: Sequence[Work],
-    n: int,
-    kept: int,
-    seed: int,
-    said: str,
-    say: Say,
-) -> Share:
+def _computed(looking: _Looking, work: Sequence[_Piece], n: int, said: str) -> Share:
     """The share of all `work`, which is divided among as many tasks as the cluster has room for."""
-    began, done = time.monotonic(), 0
-    task = ray.remote(num_cpus=1, max_retries=3)(_piece)
-    waiting = [task.remote(fs, manifest, features, item, n, kept, seed) for item in work]
+    began, done, settings = time.monotonic(), 0, looking.settings
+    task = ray.remote(num_cpus=1, max_retries=3)(_share_of)
+    shared = (looking.fs, looking.manifest, looking.network, looking.subject, settings)
+    waiting = [task.remote(*shared, piece) for piece in work]
     shares: list[Share] = []
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1)
@@ -219,32 +242,32 @@ def _computed(
             shares.append(share)
             done += len(share.logits)
         left = (time.monotonic() - began) * (n - done) / max(done, 1)
-        say(f"  {done:,}/{n:,} {said}  ETA {round(left) // 60}:{round(left) % 60:02d}")
+        looking.say(f"  {done:,}/{n:,} {said}  ETA {round(left) // 60}:{round(left) % 60:02d}")
     return together(shares)
 
 
-def _piece(fs: pafs.FileSystem, manifest: Manifest, features: str, item: Work, n: int, kept: int, seed: int) -> Share:
-    """One task's share."""
+def _share_of(
+    fs: pafs.FileSystem,
+    manifest: Manifest,
+    network: FeatureNetwork,
+    subject: Subject,
+    settings: Settings,
+    piece: _Piece,
+) -> Share:
     torch.set_num_threads(1)
-    first, (kind, name, numbers) = item
-    network = feature_network(fs, features)
-    return share_of(first, _images(fs, manifest, kind, name, numbers, n, seed), network, kept)
+    return share_of(piece.first, _images(fs, manifest, subject, settings.seed, piece), network, settings.pairs)
 
 
-def _images(
-    fs: pafs.FileSystem, manifest: Manifest, kind: str, name: str, numbers: tuple[int, ...], n: int, seed: int
-) -> Any:
-    if kind == "split":
-        shards = manifest.shards(name)
-        return stored_images(fs, Layout.of(manifest), [shards[i] for i in numbers])
-    if kind == "noise":
-        return noise_blocks(manifest.image_shape, seed, numbers, n)
-    if kind == "grey":
-        return grey_blocks(manifest.image_shape, numbers, n)
-    learner, _, _ = learner_from_checkpoint(fs, name)
-    if not isinstance(learner, Samples):
-        raise TypeError(f"{name} draws no images")
-    return sample_blocks(learner, seed, numbers, n)
+def _images(fs: pafs.FileSystem, manifest: Manifest, subject: Subject, seed: int, piece: _Piece) -> Iterator[Tensor]:
+    if piece.kind == "split":
+        shards = manifest.shards(piece.name)
+        return stored_images(fs, Layout.of(manifest), [shards[i] for i in piece.numbers])
+    if piece.kind == "noise":
+        return noise_blocks(manifest.image_shape, seed, piece.numbers, piece.n)
+    if piece.kind == "grey":
+        return grey_blocks(manifest.image_shape, piece.numbers, piece.n)
+    assert subject.drawn_by is not None and isinstance(subject.drawn_by.learner, Samples)
+    return sample_blocks(subject.drawn_by.learner, seed, piece.numbers, piece.n)
 
 
 def _by(shape: tuple[int, int, int]) -> str:

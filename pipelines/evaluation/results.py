@@ -2,7 +2,8 @@
 
     runs/NAME/evaluations/KEY.json   {"figures", "protocols", "recipe", "settings", "images_seen", "measured_at", …}
 
-KEY is of the protocols: the same measurement of a run stands in one file, and the newer one replaces the older.
+KEY is of the protocols and the images seen: the same measurement of the same weights stands in one file, and the newer
+one replaces the older.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import hashlib
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from pyarrow import fs as pafs
 
+from pipelines.config import RunSpec
 from pipelines.errors import FigmentError
 from pipelines.evaluation.measure import Measured
 from pipelines.evaluation.protocol import difference, protocol_from_text
@@ -29,7 +31,7 @@ class Result:
     run: str
     recipe: str
     settings: str
-    """Digest of the run's settings without its seed: runs that agree in it differ by chance alone."""
+    """Identity of the run's settings without its seed: runs that agree in it differ by chance alone."""
     seed: int
     images_seen: int
     figures: dict[str, float]
@@ -40,18 +42,18 @@ class Result:
 
 def keep(fs: pafs.FileSystem, folder: str, result: Result) -> str:
     """Writes it beside the run; returns the path."""
-    key = hashlib.sha256(json.dumps(result.protocols, sort_keys=True).encode()).hexdigest()[:12]
+    about = [result.images_seen, result.protocols]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     path = f"{folder}/evaluations/{key}.json"
     write_json(fs, path, asdict(result))
     return path
 
 
-def result_of(
-    run: str, recipe: str, settings: dict[str, object], seed: int, images_seen: int, measured: Measured
-) -> Result:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def result_of(run: str, spec: RunSpec, images_seen: int, measured: Measured) -> Result:
+    training = spec.training
+    settings = replace(spec, training=replace(training, seed=0)).identity
     now = datetime.now(UTC).isoformat()
-    return Result(run, recipe, digest, seed, images_seen, measured.figures, measured.protocols, now)
+    return Result(run, spec.recipe, settings, training.seed, images_seen, measured.figures, measured.protocols, now)
 
 
 def results_of(fs: pafs.FileSystem, folder: str) -> list[Result]:
@@ -68,22 +70,37 @@ def results_of(fs: pafs.FileSystem, folder: str) -> list[Result]:
     return sorted(found, key=lambda result: result.measured_at)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: a line a run and figure by figure, and below runs that differ by their seed alone mean ± deviation.
+def alike(of_runs: Sequence[Sequence[Result]]) -> list[Result]:
+    """Of each run the newest measurement that was made as those of the others; of several such ways the newest.
 
-    `FigmentError` where two figures of one name were not measured alike: their numbers must not stand side by side."""
+    `FigmentError` where the newest two have nothing in common: their numbers must not stand side by side."""
+    first, *others = of_runs
+    for result in reversed(first):
+        chosen = [next((r for r in reversed(other) if not _why(result, r)), None) for other in others]
+        if None not in chosen:
+            return [result, *(r for r in chosen if r is not None)]
+    one, other = next((first[-1], o[-1]) for o in others if all(_why(r, o[-1]) for r in first))
+    raise FigmentError(f"{one.run} and {other.run}: {_why(one, other)}; measure both alike")
+
+
+def _why(one: Result, other: Result) -> str:
+    """Why two results cannot stand side by side; "" where nothing speaks against it."""
+    for name in one.figures.keys() & other.figures.keys():
+        if why := difference(protocol_from_text(one.protocols[name]), protocol_from_text(other.protocols[name])):
+            return f"{name}: {why}"
+    return ""
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown of results that are alike: a line a run, and below runs of other seeds alone mean ± deviation."""
     names = list(dict.fromkeys(name for result in results for name in result.figures))
-    for name in names:
-        first, *others = [(r, protocol_from_text(r.protocols[name])) for r in results if name in r.figures]
-        for result, protocol in others:
-            if why := difference(first[1], protocol):
-                raise FigmentError(f"{name} of {first[0].run} and of {result.run}: {why}; measure both alike")
     lines = [["run", "images", *names], ["---"] * (2 + len(names))]
     for group in _groups(results):
         for result in group:
             values = [f"{result.figures[name]:.5g}" if name in result.figures else "" for name in names]
             lines.append([result.run, f"{result.images_seen:,}", *values])
-        if len(group) > 1:
+        by_seed = list({result.seed: result for result in group}.values())
+        if len(by_seed) == len(group) > 1:
             lines.append([f"mean ± deviation of {len(group)} seeds", "", *(_spread(group, name) for name in names)])
     text = ["| " + " | ".join(line) + " |" for line in lines]
     protocols = {name: next(r.protocols[name] for r in results if name in r.figures) for name in names}
@@ -91,9 +108,9 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _groups(results: Sequence[Result]) -> list[list[Result]]:
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
-        groups.setdefault((result.recipe, result.settings), []).append(result)
+        groups.setdefault((result.settings, result.images_seen), []).append(result)
     return list(groups.values())
 
 

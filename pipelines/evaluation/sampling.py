@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pyarrow import fs as pafs
@@ -21,9 +23,22 @@ from pipelines.training.history import newest_bundle
 log = logging.getLogger(__name__)
 
 
-def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, RunSpec, tuple[int, int, int]]:
-    """`path` is the folder of a bundle, or of a run (its newest bundle) -> what it learned, its settings, and the shape
-    (C, H, W) of its images. Averaged weights when the run kept them."""
+@dataclass(frozen=True, eq=False)
+class Restored:
+    """What a checkpoint holds."""
+
+    learner: Learner
+    spec: RunSpec
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    images_seen: int
+
+    @property
+    def weights(self) -> Literal["averaged", "last"]:
+        return "averaged" if self.spec.training.ema_half_life else "last"
+
+
+def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> Restored:
+    """`path` is the folder of a bundle, or of a run (its newest bundle). Averaged weights when the run kept them."""
     path = path.rstrip("/")
     found, damaged = newest_bundle(fs, path)
     for sentence in damaged:
@@ -31,7 +46,7 @@ def learner_from_checkpoint(fs: pafs.FileSystem, path: str) -> tuple[Learner, Ru
     bundle = found.bundle if found is not None else load_bundle(fs, path)
     learner = models.build(bundle.spec.model, ImageShape(*bundle.image_shape))
     load_networks(fs, bundle, learner.networks(), averaged=True)
-    return learner, bundle.spec, bundle.image_shape
+    return Restored(learner, bundle.spec, bundle.image_shape, bundle.images_seen)
 
 
 def learner_from_files(files: Mapping[str, bytes]) -> tuple[Learner, RunSpec]:

@@ -11,6 +11,16 @@ if need be by a later process. A record may be sent twice and still counts once:
 
 from pipelines.tracking.published import CHALLENGER, fetch_published
 from pipelines.tracking.run import Run, Status
-from pipelines.tracking.server import Tracking, end_run, open_run, send_outbox
+from pipelines.tracking.server import Tracking, add_to_run, end_run, open_run, send_outbox
 
-__all__ = ["CHALLENGER", "Run", "Status", "Tracking", "end_run", "fetch_published", "open_run", "send_outbox"]
+__all__ = [
+    "CHALLENGER",
+    "Run",
+    "Status",
+    "Tracking",
+    "add_to_run",
+    "end_run",
+    "fetch_published",
+    "open_run",
+    "send_outbox",
+]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipelines.tracking.client import MlflowException, Tracking, is_refusal, reason_of, unreachable
 from pipelines.tracking.outbox import Courier, Identity, Outbox, Record, Unreachable
 from pipelines.tracking.published import pack_model, publish_model
-from pipelines.tracking.run import Run, Status, clean_tags, flatten
+from pipelines.tracking.run import Run, Status, clean_file, clean_tags, flatten
 
 # isort: split
 from mlflow import entities as mlf
@@ -75,6 +75,28 @@ def send_outbox(tracking: Tracking, outbox: tuple[pafs.FileSystem, str], timeout
         return 0
     server = _MlflowServer(tracking, box, identity, resume=False)
     return Courier(box, server.connect, server.deliver).close(timeout_s)
+
+
+def add_to_run(
+    tracking: Tracking,
+    outbox: tuple[pafs.FileSystem, str],
+    *,
+    tags: Mapping[str, str],
+    artifacts: Mapping[str, bytes],
+    timeout_s: float = 60.0,
+) -> int:
+    """Tags and files for a run that is at work, or has ended: its status and its end stay what they are. Number of
+    segments that wait in the outbox; nothing is done for a run that was never tracked."""
+    box = Outbox(*outbox)
+    identity = box.identity()
+    if identity is None:
+        return 0
+    server = _MlflowServer(tracking, box, identity, resume=False)
+    courier = Courier(box, server.connect, server.deliver)
+    courier.put(Record("tags", {"values": clean_tags(tags)}, server.session))
+    for path, data in artifacts.items():
+        courier.put(Record("artifact", {"path": path}, server.session, clean_file(path, data)))
+    return courier.close(timeout_s)
 
 
 def end_run(

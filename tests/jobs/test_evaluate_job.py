@@ -42,21 +42,23 @@ def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_a_run_is_measured_kept_and_compared(store: pafs.FileSystem, evaluate: Evaluate) -> None:
     manifest = toy_dataset(store, SHAPE, train=70, test=64)
     untrained(store, "features", "residual-classifier")
-    for name in ("one", "two"):
-        folder = untrained(store, name, "vae-gaussian")
+    for seed, name in enumerate(("one", "two")):
+        folder = untrained(store, name, "vae-gaussian", seed=seed)
         write_json(store, f"{folder}/run.json", {"dataset": f"toy@{manifest.version}"})
     how = ("--features", "runs/features", "--samples", "100", "--pairs", "50")
     for name in ("runs/one", "two"):
         code, out, err = evaluate("run", name, *how)
         assert code == 0, err
-        assert "100/100 samples of runs/" in out and "kept in runs/" in out
+        assert "100/100 samples of " in out and "kept in runs/" in out
         assert "fid-1 features=residual-classifier:" in out
     assert len(children(store, "runs/one/evaluations")) == 1
     code, out, err = evaluate("compare", "one", "runs/two")
     assert code == 0 and "| one | 0 |" in out and "| two | 0 |" in out and "mean ± deviation of 2 seeds" in out, err
-    code, out, err = evaluate("run", "two", "--features", "runs/features", "--samples", "99", "--pairs", "50")
+    untrained(store, "three", "vae-gaussian", seed=2)
+    write_json(store, "runs/three/run.json", {"dataset": f"toy@{manifest.version}"})
+    code, out, err = evaluate("run", "three", "--features", "runs/features", "--samples", "99", "--pairs", "50")
     assert code == 0, err
-    code, out, err = evaluate("compare", "one", "two")
+    code, out, err = evaluate("compare", "one", "three")
     assert code == 2 and "numbers of samples are 100 and 99" in err and err.count("\n") == 1
     code, out, err = evaluate("data", "toy", "grey", *how)
     assert code == 0 and "class_kl" in out, err
@@ -65,8 +67,8 @@ def test_a_run_is_measured_kept_and_compared(store: pafs.FileSystem, evaluate: E
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("run", "none", "--features", "runs/features"), "runs/none has no checkpoint"),
-        (("compare", "none"), "nothing was measured of none"),
+        (("run", "none", "--features", "runs/features"), "there is no run runs/none"),
+        (("compare", "none"), "nothing was measured of runs/none"),
         (("compare",), "no run is named"),
         (("data", "toy", "valid", "--features", "runs/features"), "'valid'"),
         (("data", "toys", "train", "--features", "runs/features"), "toys"),

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs as pafs
 
-from pipelines.data import sources, stream
+from pipelines.data import ingest_options, sources, stream
 from pipelines.data.columns import Column, ColumnError
 from pipelines.data.images import Row, prepare
 from pipelines.data.ingest import ingest
-from pipelines.data.ingest_options import IngestOptions
+from pipelines.data.ingest_options import IngestOptions, ingest_key, layout_of
 from pipelines.data.manifest import Manifest, load_manifest, save_manifest
 from pipelines.data.packing import pack
 from pipelines.data.plan import Window, window_order
@@ -169,6 +169,18 @@ def test_every_row_keeps_its_own_numbers_in_typed_columns(
     assert sorted(seen) == list(range(90))
     again = ingested(store, tmp_path, monkeypatch)
     assert again == manifest
+
+
+def test_formats_that_came_to_have_columns_have_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal of before would give shards without them; the keys of other formats stay what they were."""
+    keys = {}
+    for revisions in ({}, ingest_options.FORMAT_REVISIONS):
+        monkeypatch.setattr(ingest_options, "FORMAT_REVISIONS", revisions)
+        for name in ("cifar100-binary", "cifar100-python", "arrays", "cifar10-binary"):
+            layout = layout_of(name, RawImage("train", np.zeros((3, 32, 32), np.uint8), 0, ""), OPTIONS)
+            keys[name, bool(revisions)] = ingest_key(local(tmp_path), OPTIONS, layout)
+    changed = {name for name, new in keys if new and keys[name, True] != keys[name, False]}
+    assert changed == {"cifar100-binary", "cifar100-python", "arrays"}
 
 
 # --- at rest ----------------------------------------------------------------------------------------------------------

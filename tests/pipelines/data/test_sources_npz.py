@@ -176,6 +176,8 @@ def member(shape: tuple[int, ...], data: bytes) -> bytes:
         (member((2**40, 1, 6, 5), b"x" * 30), "its header counts .* more than its"),
         (member((1, 1, 2**20, 2**20), b""), "its header counts"),
         (member((1, 1, 2, 2), b"12345"), "goes on after the last"),
+        (member((1, 1, -1, 8), b"x" * 80), "a number is below 0"),
+        (member((2, 1, -8, -8), b"x" * 128), "a number is below 0"),
         (b"no array at all", "is no NumPy array"),
         (b"", "is no NumPy array"),
         (b"\x93NUMPY\x01\x00\x10\x00{'descr': 1/0}  \n", "is no NumPy array"),

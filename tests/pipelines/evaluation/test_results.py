@@ -10,8 +10,9 @@ from pyarrow import fs as pafs
 from pipelines.errors import FigmentError
 from pipelines.evaluation.measure import Measured
 from pipelines.evaluation.protocol import Protocol
-from pipelines.evaluation.results import Result, keep, result_of, results_of, table
+from pipelines.evaluation.results import Result, alike, keep, result_of, results_of, table
 from pipelines.objects import children, write_object
+from tests.pipelines.training.toys import toy_spec
 
 
 def measured(run: str, fid: float, n: int = 100, **more: float) -> Measured:
@@ -20,8 +21,20 @@ def measured(run: str, fid: float, n: int = 100, **more: float) -> Measured:
     return Measured(figures, {name: str(replace(protocol, metric=f"{name}-1")) for name in figures})
 
 
-def result(run: str, fid: float, seed: int = 0, lr: float = 1.0, **more: float) -> Result:
-    return result_of(run, "dcgan-toy", {"model": {"lr": lr}}, seed, 1_000, measured(run, fid, **more))
+def result(
+    run: str,
+    fid: float,
+    seed: int = 0,
+    latent: int = 4,
+    seen: int = 1_000,
+    n: int = 100,
+    threads: int = 0,
+    **more: float,
+) -> Result:
+    spec = toy_spec("vae", seed=seed)
+    spec = replace(spec, model=replace(spec.model, latent=latent))  # type: ignore[type-var]
+    spec = replace(spec, cluster=replace(spec.cluster, threads_per_worker=threads))
+    return result_of(run, spec, seen, measured(run, fid, n, **more))
 
 
 def test_it_comes_back_and_the_same_measurement_again_replaces_it(store: pafs.FileSystem) -> None:
@@ -29,37 +42,39 @@ def test_it_comes_back_and_the_same_measurement_again_replaces_it(store: pafs.Fi
     keep(store, "runs/a", one)
     assert results_of(store, "runs/a") == [one]
     again = replace(one, figures={"fid": 2.0}, measured_at="2030-01-01T00:00:00+00:00")
-    other = replace(result("a", 1.0), protocols=measured("a", 1.0, n=200).protocols)
-    for one in (again, other):
+    other, later = result("a", 1.0, n=200), result("a", 0.5, seen=2_000)
+    for one in (again, other, later):
         keep(store, "runs/a", one)
-    assert results_of(store, "runs/a") == [other, again] and len(children(store, "runs/a/evaluations")) == 2
+    assert results_of(store, "runs/a") == [other, later, again] and len(children(store, "runs/a/evaluations")) == 3
     assert results_of(store, "runs/none") == []
     write_object(store, "runs/a/evaluations/x.json", b'{"run": 1}')
     with pytest.raises(FigmentError, match=r"x\.json cannot be read"):
         results_of(store, "runs/a")
 
 
+def rows(text: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+
+
 def test_seeds_are_summed_up_and_other_settings_are_not() -> None:
-    text = table(
-        [result("a", 3.0), result("b", 5.0, seed=1), result("c", 9.0, lr=2.0), result("d", 4.0, seed=2, **{"is": 2.0})]
-    )
-    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [line[0] for line in lines] == [
-        "| run",
-        "| ---",
-        "| a",
-        "| b",
-        "| d",
-        "| mean ± deviation of 3 seeds",
-        "| c",
-    ]
-    assert lines[5][2:] == ["4 ± 1", " |"]
-    assert lines[4][3] == "2 |" and text.splitlines()[-1].startswith("is: is-1 features=net:0")
+    """Where it ran and how many threads it had are no settings; how long it was trained is none of chance."""
+    found = [result("a", 3.0), result("b", 5.0, seed=1, threads=2), result("c", 9.0, latent=5)]
+    found += [result("d", 4.0, seed=2, **{"is": 2.0}), result("e", 90.0, seed=3, seen=100)]
+    text = table(found)
+    assert [row[0] for row in rows(text)] == ["a", "b", "d", "mean ± deviation of 3 seeds", "c", "e"]
+    assert rows(text)[3][2] == "4 ± 1" and rows(text)[2][3] == "2"
+    assert text.splitlines()[-1].startswith("is: is-1 features=net:0")
 
 
-def test_figures_of_other_protocols_do_not_stand_side_by_side() -> None:
-    other = result_of("b", "dcgan-toy", {}, 0, 1_000, measured("b", 3.0, n=99))
-    with pytest.raises(
-        FigmentError, match=r"fid of a and of b: .*numbers of samples are 100 and 99; measure both alike"
-    ):
-        table([result("a", 3.0), other])
+def test_one_seed_under_two_names_is_no_spread() -> None:
+    assert [row[0] for row in rows(table([result("a", 3.0), result("b", 3.0)]))] == ["a", "b"]
+
+
+def test_of_each_run_the_newest_measurement_that_the_others_have_too_is_shown() -> None:
+    few, many = [result("b", 4.0)], [result("b", 44.0, n=500)]
+    assert alike([[result("a", 3.0)], few + many])[1] == few[0]
+    assert [r.figures["fid"] for r in alike([[result("a", 3.0), result("a", 33.0, n=500)], few + many])] == [33.0, 44.0]
+    alone = [result("a", 3.0)]
+    assert alike([alone]) == alone
+    with pytest.raises(FigmentError, match=r"a and b: fid: .*numbers of samples are 100 and 500; measure both alike"):
+        alike([alone, many])

@@ -10,7 +10,7 @@ import torch
 from pyarrow import fs as pafs
 
 from pipelines.objects import children
-from pipelines.tracking import CHALLENGER, Tracking, fetch_published, open_run
+from pipelines.tracking import CHALLENGER, Status, Tracking, add_to_run, fetch_published, open_run
 from pipelines.tracking.outbox import Outbox
 
 # isort: split
@@ -116,6 +116,33 @@ def test_sqlite_needs_no_server(
     assert history(tracking, run.run_id, "loss") == [(1, 1.0)]
     assert next((tmp_path / "mlflow-artifacts").rglob("a.bin")).read_bytes() == b"hello"
     assert fetch_published(tracking, f"models:/local@{CHALLENGER}") == {"spec.json": b"{}"}
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("status", ["FAILED", "FINISHED", None])
+def test_what_is_added_to_a_run_leaves_its_status_and_its_end(
+    tmp_path: Path, outbox: tuple[pafs.FileSystem, str], monkeypatch: pytest.MonkeyPatch, status: Status | None
+) -> None:
+    """None: it is still at work."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    tracking = Tracking(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert add_to_run(tracking, outbox, tags={"a": "b"}, artifacts={}) == 0 and children(*outbox) == []
+    run = open_run(tracking, name="a", outbox=outbox, system_metrics_s=None, wait_s=PATIENCE_S)
+    run.metrics({"loss": 1.0}, 1)
+    run_id = run.run_id
+    assert run.settle(PATIENCE_S) and run_id is not None
+    if status is not None:
+        assert run.close(status, PATIENCE_S) == 0
+    before = tracking.client().get_run(run_id).info
+    added = {"eval.fid": "3.5 fid-1 features=net:0"}
+    assert add_to_run(tracking, outbox, tags=added, artifacts={"evaluations/k.json": b"{}"}, timeout_s=PATIENCE_S) == 0
+    after = tracking.client().get_run(run_id)
+    assert (after.info.status, after.info.end_time) == (before.status, before.end_time)
+    assert after.info.status == (status or "RUNNING") and after.data.tags["eval.fid"] == added["eval.fid"]
+    assert next((tmp_path / "mlflow-artifacts").rglob("k.json")).read_bytes() == b"{}"
+    if status is None:
+        assert run.close("FINISHED", PATIENCE_S) == 0
     mlflow.set_tracking_uri(None)
 
 
