@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from models import ModelConfig, dcgan, imagenet, infogan, residual, semi_supervised, vae
+from models import ModelConfig, dcgan, imagenet, infogan, r3gan, residual, semi_supervised, vae
 from models.contract import (
     Asks,
     Classifies,
@@ -59,6 +59,8 @@ CASES: dict[str, Case] = {
     "infogan": Case(infogan.Config(noise=4, categories=(3, 2), generator_width=4, discriminator_width=4, hidden=8), ImageShape(1, 8, 8), CODES),  # noqa: E501
     "infogan-continuous": Case(infogan.Config(noise=4, categories=(), learned_deviation=True, generator_width=4, discriminator_width=4, hidden=0), ImageShape(3, 14, 14), CODES),  # noqa: E501
     "improved-gan-imagenet": Case(imagenet.Config(6, generator_width=4, discriminator_width=2, kernels=2, kernel_dimensions=2, classes=2, reference=3), ImageShape(3, 32, 32), {Asks, Diagnoses, Exports, LimitsShare, Samples}),  # noqa: E501
+    "r3gan": Case(r3gan.Config(latent=6, widths=(8, 6), blocks=1, group_width=4, classes=2, burn_in=100, augment_probability=0.5), ImageShape(3, 8, 8), {Asks, Diagnoses, Exports, Samples}),  # noqa: E501
+    "r3gan-unconditional": Case(r3gan.Config(latent=6, widths=(4, 4, 4), group_width=4, classes=0, mirror=False, augment=(), burn_in=0), ImageShape(1, 16, 16), {Asks, Diagnoses, Exports, Samples}),  # noqa: E501
     "residual-classifier": Case(residual.Config(classes=2, width=8, decay_end=400), ImageShape(3, 12, 12), CLASSIFIER),
     "semi-supervised": Case(semi_supervised.Config(latent=6, classes=2, width=0.02), ImageShape(1, 8, 8), SEMI_SUPERVISED),  # noqa: E501
     "semi-supervised-convolutional": Case(semi_supervised.Config("svhn", classes=2, latent=6, width=0.04, learning_rate=3e-4), ImageShape(3, 16, 16), SEMI_SUPERVISED),  # noqa: E501
