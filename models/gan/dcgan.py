@@ -40,7 +40,7 @@ Deviations
 - The sigmoid of D is folded into the losses (softplus of the logit): the same function without overflow.
 - Any square side 4 * 2^stages with stages >= 1 is built; the paper has 64 (and 32 in its ImageNet and SVHN models).
 - `export` freezes batch statistics into averages over 16 batches of latents, so that one image can be decoded alone.
-- With classes, image i of a sample is of class i mod K, and `export` takes the one-hot label behind the latents.
+- With classes, each image of a sample is of a class drawn evenly; `export` takes the one-hot label behind the latents.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class DCGAN:
         d: Callable[[Tensor, Tensor | None], Tensor] = self.d
         if c.penalty != "none":
             d = self.d.forward  # uncompiled: compiled graphs have one derivative only
-            x, fake = x.detach().requires_grad_(), fake.requires_grad_()
+            x, fake = x.detach().requires_grad_(), fake.float().requires_grad_()  # bf16 autocast draws in bf16
 
         self.optimizer_d.zero_grad(set_to_none=True)
         real_logits = d(self._changed(x, generator), labels)
@@ -256,9 +256,11 @@ class DCGAN:
         return z if labels is None else torch.cat([z, labels], dim=1)
 
     def _any_latents(self, n: int, generator: Generator) -> Tensor:
-        """Of the classes in turn."""
-        in_turn = torch.arange(n, device=generator.device) % max(1, self.config.classes)
-        return self._latents(n, generator, self._one_hot(in_turn))
+        """Each of a class drawn evenly: in any number of samples, and in any part of them, no class is left out."""
+        if not self.config.classes:
+            return self._latents(n, generator, None)
+        labels = torch.randint(self.config.classes, (n,), generator=generator, device=generator.device)
+        return self._latents(n, generator, self._one_hot(labels))
 
     def _one_hot(self, labels: Tensor) -> Tensor | None:
         """(B,) -> (B, K); None without classes."""

@@ -28,14 +28,14 @@ Deviations
 - The average of weights is the loop's: its half-life is a tenth of the images seen until it is the run's; the code's
   follows the cosine.
 - `bf16`, where a run asks for it, is an autocast of everything; the code has fp16 in all stages but the one at 4x4.
-- With classes, image i of a sample is of class i mod K, and `export` takes the one-hot label behind the latents.
+- With classes, each image of a sample is of a class drawn evenly; `export` takes the one-hot label behind the latents.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -229,9 +229,11 @@ class R3GAN:
         return z if labels is None else torch.cat([z, labels], dim=1)
 
     def _any_latents(self, n: int, generator: Generator) -> Tensor:
-        """Of the classes in turn."""
-        in_turn = torch.arange(n, device=generator.device) % max(1, self.config.classes)
-        return self._latents(n, generator, self._one_hot(in_turn))
+        """Each of a class drawn evenly: in any number of samples, and in any part of them, no class is left out."""
+        if not self.config.classes:
+            return self._latents(n, generator, None)
+        labels = torch.randint(self.config.classes, (n,), generator=generator, device=generator.device)
+        return self._latents(n, generator, self._one_hot(labels))
 
     def _one_hot(self, labels: Tensor) -> Tensor | None:
         """(B,) -> (B, K); None without classes."""
@@ -244,6 +246,15 @@ class ToUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x + 1) / 2).clamp(0, 1)
+
+
+BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("learning_rate", "last_learning_rate"), lambda v: v > 0, "be above 0"),
+    (("burn_in", "gamma", "last_gamma"), lambda v: v >= 0, "not be negative"),
+    (("beta2", "last_beta2"), lambda v: 0 <= v < 1, "be from 0 to 1, and less than 1"),
+    (("augment_probability", "last_augment_probability"), lambda v: 0 <= v <= 1, "be from 0 to 1"),
+)
+"""Of settings; Adam checks its own only where it is made, and the last ones come later. No number lies nowhere."""
 
 
 def build(config: Config, shape: ImageShape) -> R3GAN:
@@ -266,10 +277,8 @@ def build(config: Config, shape: ImageShape) -> R3GAN:
         raise ValueError(f"classes is {c.classes}; there must be 2 or more to choose from, or 0 for none")
     if len(set(c.augment)) < len(c.augment):
         raise ValueError(f"augment is {' '.join(c.augment)}; each change can be named once")
-    for field in ("burn_in", "gamma", "last_gamma"):
-        if getattr(c, field) < 0:
-            raise ValueError(f"{field} is {getattr(c, field):g}; it must not be negative")
-    for field in ("beta2", "last_beta2", "augment_probability", "last_augment_probability"):
-        if not 0 <= getattr(c, field) <= 1:
-            raise ValueError(f"{field} is {getattr(c, field):g}; it must be from 0 to 1")
+    for fields, lies, words in BOUNDS:
+        for field in fields:
+            if not lies(getattr(c, field)):
+                raise ValueError(f"{field} is {getattr(c, field):g}; it must {words}")
     return R3GAN(config, shape)

@@ -269,12 +269,23 @@ def test_the_logit_of_an_image_of_a_class_has_that_classes_vector_in_it() -> Non
     assert model.needs().classes == 3 and learner().needs().classes == 0
 
 
-def test_samples_are_of_the_classes_in_turn() -> None:
-    model, given = learner(classes=3), []
+def test_samples_are_of_classes_drawn_evenly_also_of_more_than_are_decoded_together() -> None:
+    model, given = learner(classes=300), []
     model.g.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    model.sample(7, rng())
-    assert given[0][:7, 6:].argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert (given[0][:, 6:].sum(1) == 1).all() and given[0][:, :6].min() < 0
+    model.sample(3_000, rng())
+    z, labels = torch.cat(given).split([6, 300], dim=1)
+    counts = labels.sum(0)
+    assert (labels.sum(1) == 1).all() and z.min() < 0 < z.max()
+    chi_square = float((counts - len(z) / 300).square().sum() / (len(z) / 300))
+    assert abs(chi_square - 299) < 5 * (2 * 299) ** 0.5 and float(counts[:128].sum() / len(z)) < 0.5
+
+
+@pytest.mark.parametrize("penalty", ["r1+r2", "wgan-gp"])
+def test_penalties_work_under_bf16(penalty: str) -> None:
+    model = learner(penalty=penalty, discriminator_norm="none")
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        metrics = model.step(some_batch(), rng())
+    assert metrics["penalty"].isfinite() and metrics["penalty"].dtype == torch.float32
 
 
 # --- norms

@@ -77,7 +77,7 @@ def test_two_workers_measure_what_one_does_and_what_the_stored_images_say(
     with evaluation_batches(
         store, toy_dataset(store, test=ROWS), "test", world_size=1, rank=0, batch_size=ROWS
     ) as batches:
-        images, labels = next(batches)
+        images, labels, _ = next(batches)
     brightness = images.reshape(ROWS, -1).mean(1)
     place = range(1, ROWS + 1)
     assert alone["images"] == ROWS

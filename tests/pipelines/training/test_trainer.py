@@ -66,7 +66,7 @@ def _start(name: str, store: Path, address: str, log: Path) -> subprocess.Popen[
         return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=subprocess.STDOUT)
 
 
-def _wait_for(what: str, happened: Callable[[], bool], log: Path, seconds: float = 240.0) -> None:
+def _wait_for(what: str, happened: Callable[[], bool], log: Path, seconds: float = 900.0) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"{what} did not happen; the job's output:\n{log.read_text()}"
