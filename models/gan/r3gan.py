@@ -23,7 +23,7 @@ Shape legend: B batch, C channels, H = W side, d latents, K classes.
 Deviations
 - One step updates D and then G on one batch; the code takes a new batch for G. Latents are new for G in both.
 - The changes T are those of `augment.py`: colour, translation, cutout. The code has those of Karras et al. 2020
-  (2006.06676): also mirror, quarter turns, scale, rotation, hue. There, too, each is made to the same share of images.
+  (2006.06676), also mirror, quarter turns, scale, rotation, hue, and makes those of colours to half of the share.
 - `mirror` flips each real image with probability 1/2; the code doubles the data set by flipped copies.
 - The average of weights is the loop's: its half-life is a tenth of the images seen until it is the run's; the code's
   follows the cosine.
