@@ -2,7 +2,7 @@
 
     python -m jobs.evaluate train-features cifar10                a classifier whose features samples are measured by
     python -m jobs.evaluate run runs/dcgan-cifar10 --features runs/features-cifar10
-    python -m jobs.evaluate data cifar10 train --features runs/features-cifar10     what real images score: the floor
+    python -m jobs.evaluate data cifar10 train --features runs/features-cifar10     what real images score
     python -m jobs.evaluate data cifar10 noise --features runs/features-cifar10     … and noise or grey: the ceiling
     python -m jobs.evaluate compare runs/a runs/b runs/c
 

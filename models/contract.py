@@ -84,7 +84,8 @@ class Needs:
     """What a learner asks of its data, refused before anything starts where the data set has it not."""
 
     classes: int = 0
-    """Labels must lie in 0 … classes - 1; 0: labels are not looked at."""
+    """K: the data set must name K classes, and an image whose label is not in 0 … K - 1 ends the run when it comes.
+    0: labels are not looked at."""
     columns: Mapping[str, int] = field(default_factory=dict)
     """Name -> width of columns without which it cannot work."""
     labelled: bool = False

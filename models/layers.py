@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 SAMPLE_BATCH = 128
 """Latents that are drawn, and decoded, together when sampling: the batch size of the DCGAN paper."""
@@ -15,6 +16,30 @@ SAMPLE_BATCH = 128
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]."""
     return images.to(torch.float32) / 255.0
+
+
+def to_centred(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return to_unit(images) * 2 - 1
+
+
+class CentredToUnit(nn.Module):
+    """[-1, 1] -> [0, 1]; what lies outside is clamped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x + 1) / 2).clamp(0, 1)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor | None:
+    """(B,) -> float (B, K); None where K is 0."""
+    return functional.one_hot(labels, classes).float() if classes else None
+
+
+def even_labels(n: int, classes: int, generator: Generator) -> Tensor:
+    """int64 (n,), each drawn evenly from K classes: no part of a sample leaves some out. Draws nothing for K = 0."""
+    if not classes:
+        return torch.zeros(n, dtype=torch.int64, device=generator.device)
+    return torch.randint(classes, (n,), generator=generator, device=generator.device)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -50,7 +50,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics, Needs
@@ -61,7 +60,16 @@ from models.gan.historical import HistoricalAverage
 from models.gan.losses import CLASSIFIES, GAMES, feature_matching, smoothed_cross_entropy
 from models.gan.penalties import one_centred, zero_centred
 from models.gan.techniques import Techniques
-from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit, with_frozen_statistics
+from models.layers import (
+    CentredToUnit,
+    even_labels,
+    in_latent_chunks,
+    one_hot,
+    require_at_least_one,
+    to_centred,
+    to_uint8,
+    with_frozen_statistics,
+)
 
 D_CERTAIN = 0.97  # p_real above it and p_fake below 1 - it: |logits| > 3.5 on both sides, L_D < .06
 FOOLED = 0.7  # p_fake above it: D calls most of what G draws real
@@ -142,13 +150,14 @@ class DCGAN:
     def initialise(self, batch: Batch, generator: Generator) -> None:
         """D's reference batch, or the gains and biases of its normalised weights; nothing where it has neither."""
         self.check_share(len(batch.images))
-        x = _scaled(batch.images)
+        x = to_centred(batch.images)
         if self.d.reference is not None:
             self.d.reference.copy_(x[: len(self.d.reference)])
-        labels = self._one_hot(batch.labels)
+        labels = one_hot(batch.labels, self.config.classes)
         weight_norm.initialise(self.d, lambda: self.d.forward(x, labels))
 
     def step(self, batch: Batch, generator: Generator) -> Metrics:
+        """Of several updates of D the last one's figures."""
         metrics: Metrics = {}
         for x, labels in self._parts(batch):
             fake = self.g(self._latents(len(x), generator, labels))
@@ -215,7 +224,11 @@ class DCGAN:
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Equal parts of a batch, one for each update of D: images (B / k, C, H, W), one-hot labels (B / k, K)."""
         self.check_share(len(batch.images))
-        k, x, labels = self.config.discriminator_steps, _scaled(batch.images), self._one_hot(batch.labels)
+        k, x, labels = (
+            self.config.discriminator_steps,
+            to_centred(batch.images),
+            one_hot(batch.labels, self.config.classes),
+        )
         parts = [None] * k if labels is None else labels.chunk(k)
         return zip(x.chunk(k), parts, strict=True)
 
@@ -236,7 +249,7 @@ class DCGAN:
 
     def diagnose(self, metrics: Mapping[str, float]) -> list[str]:
         if self.config.loss in CLASSIFIES:
-            return state_of_the_game(metrics)
+            return state_of_the_game(metrics, self.config.real_label)
         if metrics["gap"] <= 0:
             return [
                 f"the discriminator holds drawn images for more real than real ones (by {-metrics['gap']:.3g}): it has"
@@ -248,7 +261,7 @@ class DCGAN:
     def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
         """G with frozen batch statistics, latents (B, d), with classes (B, d + K) -> images (B, C, H, W) in [0, 1]."""
         frozen = with_frozen_statistics(self.g, lambda n: self._any_latents(n, generator))
-        return nn.Sequential(frozen, ToUnit()).eval(), self._any_latents(2, generator)
+        return nn.Sequential(frozen, CentredToUnit()).eval(), self._any_latents(2, generator)
 
     def _latents(self, n: int, generator: Generator, labels: Tensor | None) -> Tensor:
         """z ~ U(-1, 1), (n, d), and the one-hot labels behind it, (n, d + K)."""
@@ -256,35 +269,16 @@ class DCGAN:
         return z if labels is None else torch.cat([z, labels], dim=1)
 
     def _any_latents(self, n: int, generator: Generator) -> Tensor:
-        """Each of a class drawn evenly: in any number of samples, and in any part of them, no class is left out."""
-        if not self.config.classes:
-            return self._latents(n, generator, None)
-        labels = torch.randint(self.config.classes, (n,), generator=generator, device=generator.device)
-        return self._latents(n, generator, self._one_hot(labels))
-
-    def _one_hot(self, labels: Tensor) -> Tensor | None:
-        """(B,) -> (B, K); None without classes."""
+        """Each of a class drawn evenly."""
         classes = self.config.classes
-        return F.one_hot(labels, classes).float() if classes else None
+        return self._latents(n, generator, one_hot(even_labels(n, classes, generator), classes))
 
 
-def _scaled(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
-    return to_unit(images) * 2 - 1
-
-
-class ToUnit(nn.Module):
-    """[-1, 1] -> [0, 1]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x + 1) / 2
-
-
-def state_of_the_game(metrics: Mapping[str, float]) -> list[str]:
-    """What `p_real` and `p_fake` tell of G and D, in a sentence where it is wrong."""
+def state_of_the_game(metrics: Mapping[str, float], real_label: float = 1.0) -> list[str]:
+    """What `p_real` and `p_fake` tell of G and D, in a sentence where it is wrong. `real_label`: what D is to say."""
     p_real, p_fake = metrics["p_real"], metrics["p_fake"]
     seen = f"(D says {p_real:.0%} of real and {p_fake:.0%} of drawn images are real)"
-    if p_real > D_CERTAIN and p_fake < 1 - D_CERTAIN:
+    if p_real > D_CERTAIN * real_label and p_fake < 1 - D_CERTAIN:
         return [f"the discriminator is certain of nearly every image {seen}: the generator learns little from it"]
     if p_fake > FOOLED:
         return [f"the generator fools the discriminator {seen}: it has found a blind spot or D has stopped learning"]

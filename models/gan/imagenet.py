@@ -48,7 +48,7 @@ from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics, Needs
 from models.gan.virtual_batch_norm import VirtualBatchNorm
-from models.layers import in_latent_chunks, require_at_least_one, require_share, to_uint8, to_unit
+from models.layers import in_latent_chunks, require_at_least_one, require_share, to_centred, to_uint8
 
 L = TypeVar("L", nn.Linear, nn.ConvTranspose2d)
 
@@ -223,7 +223,7 @@ class ImageNetGAN:
         require_share(images, 2, "minibatch features compare")
 
     def step(self, batch: Batch, generator: Generator) -> Metrics:
-        x, half = to_unit(batch.images) * 2 - 1, len(batch.images)
+        x, half = to_centred(batch.images), len(batch.images)
         joint = torch.cat([x, self.g(self._latents(half, generator)).float()])
         noise = INPUT_NOISE * torch.randn(joint.shape, generator=generator, device=joint.device)
         logits = self.d(joint + noise)

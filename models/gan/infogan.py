@@ -358,4 +358,11 @@ class InfoGAN:
 def build(config: Config, shape: ImageShape) -> InfoGAN:
     """A fresh learner on the CPU; torch's global random state decides the weights. ValueError: impossible sizes."""
     require_at_least_one(config, "noise", "generator_width", "discriminator_width", "recognition_hidden")
+    if config.hidden < 0:
+        raise ValueError(f"hidden is {config.hidden}; it must be 0, for no such layer, or more")
+    for kind, codes in {"categorical": len(config.categories), "continuous": config.continuous}.items():
+        weight = getattr(config, f"{kind}_weight")
+        if weight < 0 or (weight != 1 and not codes):
+            why = "it must not be negative" if codes else f"there are no {kind} codes that it could weigh"
+            raise ValueError(f"{kind}_weight is {weight:g}; {why}")
     return InfoGAN(config, shape)

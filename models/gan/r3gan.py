@@ -40,7 +40,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from models.contract import Batch, ImageShape, Metrics, Needs
@@ -48,7 +47,15 @@ from models.gan.augment import Change, augment
 from models.gan.losses import relativistic_discriminator, relativistic_generator
 from models.gan.penalties import squared_slope
 from models.gan.r3gan_networks import BASE, DiscriminatorNetwork, GeneratorNetwork
-from models.layers import in_latent_chunks, require_at_least_one, to_uint8, to_unit
+from models.layers import (
+    CentredToUnit,
+    even_labels,
+    in_latent_chunks,
+    one_hot,
+    require_at_least_one,
+    to_centred,
+    to_uint8,
+)
 
 CERTAIN = 0.98  # share of pairs that D puts in order, above which it is as good as never wrong
 
@@ -147,7 +154,7 @@ class R3GAN:
         for optimizer in self.optimizers().values():
             for group in optimizer.param_groups:
                 group["lr"], group["betas"] = now.learning_rate, (0.0, now.beta2)
-        x, labels = self._real(batch.images, generator), self._one_hot(batch.labels)
+        x, labels = self._real(batch.images, generator), one_hot(batch.labels, self.config.classes)
         metrics = self._update_discriminator(x, labels, now, generator)
         return metrics | self._update_generator(x, labels, now, generator)
 
@@ -188,7 +195,7 @@ class R3GAN:
 
     def _real(self, images: Tensor, generator: Generator) -> Tensor:
         """uint8 -> [-1, 1], some of them mirrored."""
-        x = to_unit(images) * 2 - 1
+        x = to_centred(images)
         if not self.config.mirror:
             return x
         flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
@@ -220,7 +227,7 @@ class R3GAN:
     @torch.no_grad()
     def export(self, generator: Generator) -> tuple[nn.Module, Tensor]:
         """G, latents (B, d), with classes the one-hot label behind them (B, d + K) -> images in [0, 1]."""
-        module = nn.Sequential(copy.deepcopy(self.g), ToUnit()).eval().requires_grad_(False)
+        module = nn.Sequential(copy.deepcopy(self.g), CentredToUnit()).eval().requires_grad_(False)
         return module, self._any_latents(2, generator)
 
     def _latents(self, n: int, generator: Generator, labels: Tensor | None) -> Tensor:
@@ -229,23 +236,9 @@ class R3GAN:
         return z if labels is None else torch.cat([z, labels], dim=1)
 
     def _any_latents(self, n: int, generator: Generator) -> Tensor:
-        """Each of a class drawn evenly: in any number of samples, and in any part of them, no class is left out."""
-        if not self.config.classes:
-            return self._latents(n, generator, None)
-        labels = torch.randint(self.config.classes, (n,), generator=generator, device=generator.device)
-        return self._latents(n, generator, self._one_hot(labels))
-
-    def _one_hot(self, labels: Tensor) -> Tensor | None:
-        """(B,) -> (B, K); None without classes."""
+        """Each of a class drawn evenly."""
         classes = self.config.classes
-        return F.one_hot(labels, classes).float() if classes else None
-
-
-class ToUnit(nn.Module):
-    """[-1, 1] -> [0, 1]; what lies outside is clamped."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x + 1) / 2).clamp(0, 1)
+        return self._latents(n, generator, one_hot(even_labels(n, classes, generator), classes))
 
 
 BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

@@ -324,6 +324,10 @@ def build(config: Config, shape: ImageShape) -> SemiSupervisedGAN:
     require_at_least_one(config, "classes", "latent")
     if config.width <= 0:
         raise ValueError(f"width is {config.width:g}; it must be above 0")
+    if config.unlabelled_weight < 0:
+        raise ValueError(f"unlabelled_weight is {config.unlabelled_weight:g}; it must not be negative")
+    if config.decay_start and not config.decay_end:
+        raise ValueError(f"decay_start is {config.decay_start}, and without a decay_end the step size does not fall")
     if config.decay_end and not 0 <= config.decay_start < config.decay_end:
         raise ValueError(
             f"decay_start is {config.decay_start} and decay_end {config.decay_end}; the step size falls between the"

@@ -78,7 +78,7 @@ class Settings:
     """How much is measured, beside what each metric has of its own."""
 
     samples: int = 10_000
-    """Images drawn."""
+    """Images drawn, or taken of a split."""
     seed: int = 0
     """Of the latents."""
     pairs: int = KEPT
@@ -123,12 +123,10 @@ def measure(
         raise FigmentError(
             f"{subject.name} draws images of {_by(drawn_by.image_shape)}, {theirs}: measure against its own data set"
         )
-    if subject.kind == "split":
-        settings.check(manifest.rows(subject.name))
     # The weights travel with the tasks: who loaded them anew would find others where a run has gone on meanwhile.
     looking = _Looking(fs, manifest, ray.put(network), ray.put(subject), settings, say)
     real = reference(looking, network.name, split)
-    fake = reference(looking, network.name, subject.name) if subject.kind == "split" else _drawn(looking, subject)
+    fake = _drawn(looking, subject)
 
     def protocol(metric: str) -> Protocol:
         return Protocol(
@@ -186,16 +184,19 @@ def reference(looking: _Looking, network: str, split: str) -> Share:
     known = _share_from(read_object(fs, path), rows, pairs) if exists(fs, path) else None
     if known is not None:
         return known
-    firsts = accumulate((shard.rows for shard in manifest.shards(split)), initial=0)
-    work = [
-        _Piece(first, "split", split, (i,), rows)
-        for i, first in zip(range(len(manifest.shards(split))), firsts, strict=False)
-    ]
+    work = _of_split(manifest, split, rows)
     share = _computed(looking, work, rows, f"images of {manifest.name}/{split}")
     tensors = {**share.moments.tensors(), "features": share.features, "logits": share.logits}
     body = save_safetensors(tensors)
     write_object(fs, path, body + hashlib.sha256(body).digest())
     return share
+
+
+def _of_split(manifest: Manifest, split: str, n: int) -> list[_Piece]:
+    """The first n images of a split, a shard a piece."""
+    shards = manifest.shards(split)
+    firsts = accumulate((shard.rows for shard in shards[:-1]), initial=0)
+    return [_Piece(first, "split", split, (i,), n) for i, first in enumerate(firsts) if first < n]
 
 
 def _share_from(data: bytes, rows: int, pairs: int) -> Share | None:
@@ -210,8 +211,12 @@ def _share_from(data: bytes, rows: int, pairs: int) -> Share | None:
 
 
 def _drawn(looking: _Looking, subject: Subject) -> Share:
-    """What samples, or what stands in their place, leave behind."""
+    """What samples, or what stands in their place, leave behind; of a split as many images as samples are asked for."""
     n = looking.settings.samples
+    if subject.kind == "split":
+        work = _of_split(looking.manifest, subject.name, n)
+        n = min(n, looking.manifest.rows(subject.name))
+        return _computed(looking, work, n, f"images of {looking.manifest.name}/{subject.name}")
     blocks = range(-(-n // BLOCK))
     pieces = [tuple(blocks[i : i + PIECE]) for i in range(0, len(blocks), PIECE)]
     work = [_Piece(piece[0] * BLOCK, subject.kind, subject.name, piece, n) for piece in pieces]
@@ -261,7 +266,7 @@ def _share_of(
 def _images(fs: pafs.FileSystem, manifest: Manifest, subject: Subject, seed: int, piece: _Piece) -> Iterator[Tensor]:
     if piece.kind == "split":
         shards = manifest.shards(piece.name)
-        return stored_images(fs, Layout.of(manifest), [shards[i] for i in piece.numbers])
+        return stored_images(fs, Layout.of(manifest), [shards[i] for i in piece.numbers], piece.n - piece.first)
     if piece.kind == "noise":
         return noise_blocks(manifest.image_shape, seed, piece.numbers, piece.n)
     if piece.kind == "grey":

@@ -73,10 +73,12 @@ def block_seed(seed: int, block: int) -> int:
     return int(np.random.SeedSequence((seed, block)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def stored_images(fs: pafs.FileSystem, layout: Layout, shards: Iterable[Shard]) -> Iterator[Tensor]:
-    """All images of these shards in stored order, uint8 (B, C, H, W), at most BLOCK at a time."""
+def stored_images(fs: pafs.FileSystem, layout: Layout, shards: Iterable[Shard], most: int) -> Iterator[Tensor]:
+    """The first `most` images of these shards in stored order, uint8 (B, C, H, W), at most BLOCK at a time."""
     for shard in shards:
-        for table in read_window(fs, layout, Read((shard,), 0, shard.rows)):
+        taken = min(shard.rows, most)
+        most -= taken
+        for table in read_window(fs, layout, Read((shard,), 0, taken)) if taken else ():
             pixels = pixels_of(table["image"], layout.width).reshape(-1, *layout.image_shape)
             yield from torch.from_numpy(pixels.copy()).split(BLOCK)
 

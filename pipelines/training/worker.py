@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 import models
-from models.contract import UNKNOWN, Batch, Evaluates, ImageShape, InitialisesFromData, Labelled, Measures
+from models.contract import UNKNOWN, Asks, Batch, Evaluates, ImageShape, InitialisesFromData, Labelled, Measures
 from pipelines.data.labelled import LabelledSubset, load_subset
 from pipelines.data.plan import Cursor, training_plan
 from pipelines.data.stream import evaluation_batches, training_batches
@@ -43,6 +43,7 @@ class TrainingLoop:
         torch.manual_seed(training.seed)  # the same initial weights on every worker
         self.learner = models.build(self.spec.model, ImageShape(*launch.manifest.image_shape))
         networks, optimizers = self.learner.networks(), self.learner.optimizers()
+        self.classes = self.learner.needs().classes if isinstance(self.learner, Asks) else 0
         for network in networks.values():
             network.to(place.device)
         for optimizer in optimizers.values():
@@ -143,6 +144,8 @@ class TrainingLoop:
     ) -> dict[str, Tensor]:
         """One step of all workers; images uint8 (B, C, H, W), labels int64 (B,), columns float32 (B, width)."""
         training, device = self.spec.training, self.place.device
+        if self.subset is None:
+            self._check_labels(labels, self.spec.data.split)
         batch = Batch(_to(device, images), _to(device, labels), self.images_seen, _each_to(device, columns or {}))
         if self.subset is not None:
             batch = self._semi_supervised(batch, self.subset)
@@ -160,6 +163,15 @@ class TrainingLoop:
         if self.state.ema is not None:
             self.state.ema.update(training.batch_size, self.images_seen)
         return metrics
+
+    def _check_labels(self, labels: np.ndarray, split: str) -> None:
+        """`FigmentError` for a row without the label that the model needs: the manifest counts names only."""
+        wrong = labels[(labels < 0) | (labels >= self.classes)] if self.classes else labels[:0]
+        if len(wrong):
+            raise FigmentError(
+                f"split {split!r} of data set {self.launch.manifest.name!r} has an image with label {wrong[0]}, and the"
+                f" model needs labels 0 … {self.classes - 1}: ingest it with a label for each image"
+            )
 
     def _semi_supervised(self, batch: Batch, subset: LabelledSubset) -> Batch:
         """The batch without its labels, and beside it half as many images of the labelled subset with theirs."""
@@ -191,6 +203,8 @@ class TrainingLoop:
         )
         with self.averaged_weights(), torch.no_grad(), closing(data) as batches:
             for images, labels, columns in batches:
+                if isinstance(learner, Evaluates):
+                    self._check_labels(labels, self.spec.data.eval_split)
                 batch = Batch(_to(device, images), _to(device, labels), self.images_seen, _each_to(device, columns))
                 if isinstance(learner, Evaluates):
                     for name, values in learner.evaluate(batch, generator).items():

@@ -223,6 +223,12 @@ def test_a_healthy_game_is_not_commented(p_real: float, p_fake: float) -> None:
     assert learner().diagnose({"p_real": p_real, "p_fake": p_fake}) == []
 
 
+def test_a_d_that_is_to_say_less_than_one_is_certain_below_it() -> None:
+    smoothed = build(Config(real_label=0.8), ImageShape(3, 8, 8))
+    (sentence,) = smoothed.diagnose({"p_real": 0.79, "p_fake": 0.01})
+    assert "certain" in sentence and learner().diagnose({"p_real": 0.79, "p_fake": 0.01}) == []
+
+
 def test_two_patterns_are_learnt_and_both_are_drawn() -> None:
     """8x8 images, bright on the left or bright on top, slightly noisy: G must find both, in about equal shares."""
     noise = torch.randint(-20, 21, (256, 1, 8, 8), generator=rng(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -278,6 +279,20 @@ def test_samples_are_of_classes_drawn_evenly_also_of_more_than_are_decoded_toget
     assert (labels.sum(1) == 1).all() and z.min() < 0 < z.max()
     chi_square = float((counts - len(z) / 300).square().sum() / (len(z) / 300))
     assert abs(chi_square - 299) < 5 * (2 * 299) ** 0.5 and float(counts[:128].sum() / len(z)) < 0.5
+
+
+def test_the_gradient_penalty_is_of_ds_answer_for_the_images_own_class_and_through_the_changes() -> None:
+    changes: dict[str, Any] = {"augment": ("translation", "cutout"), "augment_probability": 0.7}
+    model, batch = learner(penalty="wgan-gp", discriminator_norm="none", classes=3, **changes), some_batch()
+    batch = replace(batch, labels=torch.arange(IMAGES) % 3)
+    d, x, labels = copy.deepcopy(model.d), scaled(batch), F.one_hot(batch.labels, 3).float()
+    generator = rng(4)
+    fake = model.g(torch.cat([latents(IMAGES, generator), labels], dim=1)).detach()
+    moved(x, generator), moved(fake, generator)
+    at = between(x, fake, generator).requires_grad_()
+    (slope,) = torch.autograd.grad(d(moved(at, generator), labels).sum(), at)
+    expected = 10 * (slope.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
+    torch.testing.assert_close(model.step(batch, rng(4))["penalty"], expected)
 
 
 @pytest.mark.parametrize("penalty", ["r1+r2", "wgan-gp"])

@@ -185,6 +185,8 @@ def test_a_side_that_the_convolutions_do_not_fit_is_refused_by_name(height: int,
         (Config(classes=0), "classes is 0"),
         (Config(width=0.0), "width is 0"),
         (Config(decay_start=5, decay_end=5), "decay_start is 5 and decay_end 5"),
+        (Config(decay_start=5), "decay_start is 5, and without a decay_end"),
+        (Config(unlabelled_weight=-0.5), "unlabelled_weight is -0.5"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(config: Config, words: str) -> None:

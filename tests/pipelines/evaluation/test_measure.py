@@ -84,6 +84,9 @@ def test_real_images_are_the_floor_and_grey_ones_the_ceiling(store: pafs.FileSys
     itself, other, noise, grey = of("split", "test"), of("split", "train"), of("noise", "noise"), of("grey", "grey")
     assert itself["fid"] < 1e-6 and itself["precision"] == itself["recall"] == itself["coverage"] == 1
     assert itself["fid"] < other["fid"] < min(noise["fid"], grey["fid"])
+    few = replace(SETTINGS, samples=30)
+    part = measure(store, Subject("split", "train"), data, "test", network, few, lambda line: None)
+    assert protocol_from_text(part.protocols["fid"]).samples == 30 and part.figures["fid"] != other["fid"]
     assert grey["recall"] == 0 and grey["is"] == pytest.approx(1) and grey["classes_covered"] == 1
 
 

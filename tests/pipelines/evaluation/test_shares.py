@@ -72,6 +72,14 @@ def test_a_block_of_samples_is_the_same_whoever_draws_it(network: FeatureNetwork
     def drawn(blocks: list[int], n: int = 30, seed: int = 5) -> list[Tensor]:
         return list(sample_blocks(learner, seed, blocks, n))
 
+    class OfTorchsGlobalState:
+        def sample(self, n: int, generator: torch.Generator) -> Tensor:
+            return torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8)
+
+    blocks = [list(sample_blocks(OfTorchsGlobalState(), 5, order, 30)) for order in ([0, 1], [1, 0])]
+    assert torch.equal(blocks[0][0], blocks[1][1]) and torch.equal(blocks[0][1], blocks[1][0])
+    assert not torch.equal(*blocks[0])
+
     all_of_them = drawn([0, 1, 2, 3])
     assert [len(block) for block in all_of_them] == [8, 8, 8, 6]
     for i in range(4):
@@ -91,11 +99,12 @@ def test_what_stands_in_the_place_of_samples() -> None:
 def test_stored_images_come_whole_and_in_order(store: pafs.FileSystem, encoding: str) -> None:
     manifest = write_dataset(store, "a", (11, 3), encoding=encoding)
 
-    def read() -> Iterator[Tensor]:
-        return stored_images(store, Layout.of(manifest), manifest.shards("train"))
+    def read(most: int) -> Iterator[Tensor]:
+        return stored_images(store, Layout.of(manifest), manifest.shards("train"), most)
 
-    assert max(len(batch) for batch in read()) <= 8
-    np.testing.assert_array_equal(torch.cat(list(read())), [image_of(i, (1, 4, 4)) for i in range(14)])
+    assert max(len(batch) for batch in read(99)) <= 8
+    for most, found in ((99, 14), (14, 14), (12, 12), (11, 11), (3, 3)):
+        np.testing.assert_array_equal(torch.cat(list(read(most))), [image_of(i, (1, 4, 4)) for i in range(found)])
 
 
 def test_the_name_of_a_network_changes_with_any_weight(network: FeatureNetwork) -> None:

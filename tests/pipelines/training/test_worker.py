@@ -28,6 +28,7 @@ from pipelines.training.launch import Launch, Place, TakenOverError
 from pipelines.training.reporter import Reporter, TrackedReporter
 from pipelines.training.worker import TrainingLoop, derived_seed
 from tests.models.cases import CASES
+from tests.pipelines.data.shards import write_shard
 from tests.pipelines.training.toys import toy_dataset, toy_spec
 
 HERE = Place(rank=0, world_size=1, device=torch.device("cpu"))
@@ -301,6 +302,20 @@ def test_a_run_of_a_classifier_shows_what_it_says_of_held_out_images(store: pafs
     assert set(outcome.pictures) == {"predictions.png", "training.mp4", "training.gif"}
     assert outcome.grid == "predictions.png" and outcome.figures.keys() == {"error", "cross_entropy"}
     assert len(children(store, "runs/told/frames")) >= 2
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_without_the_label_that_the_model_needs_ends_the_run_in_a_sentence(
+    split: str, store: pafs.FileSystem
+) -> None:
+    toy = toy_dataset(store, (3, 12, 12))
+    images = np.zeros((25, 3, 12, 12), np.uint8)
+    labels = np.full(25, -1, np.int32)
+    unlabelled = (write_shard(store, toy.root, images, labels),)
+    manifest = replace(toy, splits={**toy.splits, split: unlabelled})
+    launch = Launch("half", toy_spec("residual-classifier", images=120), store, manifest)
+    with pytest.raises(FigmentError, match=rf"split '{split}' of data set 'toy' has an image with label -1, .* 0 … 1:"):
+        TrainingLoop(launch, HERE, Reporter()).run()
 
 
 def test_a_finished_run_leaves_what_a_person_looks_at(store: pafs.FileSystem) -> None:
