@@ -1,1 +1,0 @@
-"""Searches over settings: what may vary, what is wanted, and what came out."""
