@@ -28,7 +28,7 @@ def features_cifar10() -> RunSpec:
 
 
 def features_mnist() -> RunSpec:
-    """The same network, narrower, on MNIST; digits are never shown mirrored."""
+    """A narrower one that classifies MNIST, of which nothing is shown mirrored."""
     return RunSpec(
         recipe="features-mnist",
         model=residual.Config(width=16, mirror=False, padding=2, decay_end=MNIST_IMAGES),
