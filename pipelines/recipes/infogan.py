@@ -116,7 +116,7 @@ def infogan_celeba() -> RunSpec:
 RECIPES: dict[str, Recipe] = {
     "infogan-demo": Recipe(infogan_demo, Shipped("data/mnist-sample"), "2 CPU cores", "5 min"),
     "infogan-mnist": Recipe(infogan_mnist, Downloaded("mnist"), "one GPU"),
-    "infogan-heads": Recipe(infogan_heads, Generated("data/render_heads.py"), "2 CPU cores"),
+    "infogan-heads": Recipe(infogan_heads, Generated("data/render_heads.py"), "2 CPU cores", "5 min"),
     "infogan-heads-wide": Recipe(infogan_heads_wide, Generated("data/render_heads.py"), "one GPU"),
     "infogan-svhn": Recipe(infogan_svhn, Downloaded("svhn"), "one GPU"),
     "infogan-celeba": Recipe(
