@@ -90,7 +90,7 @@ def r3gan_demo() -> RunSpec:
             expansion=1,
             group_width=8,
             augment=(),
-            burn_in=48_000,
+            burn_in=60_000,
             learning_rate=1e-3,
             last_learning_rate=5e-4,
             gamma=1.0,
@@ -98,7 +98,7 @@ def r3gan_demo() -> RunSpec:
         ),
         data=DataSpec(dataset="cifar10-sample"),
         training=TrainingSpec(
-            images=48_000, batch_size=32, ema_half_life=5_000, log_every=2_000, checkpoint_every=16_000
+            images=60_000, batch_size=32, ema_half_life=5_000, log_every=2_000, checkpoint_every=20_000
         ),
         cluster=ClusterSpec(workers=2),
         expected=Expected("swd", 0.12, "lower", "docs/models/r3gan.md; grey images 0.74, noise 1.21"),
@@ -136,6 +136,6 @@ RECIPES: dict[str, Recipe] = {
         Fetched("ILSVRC2012_img_train.tar from image-net.org", "ILSVRC2012_img_train.tar --size 128"),
         "four GPUs",
     ),
-    "r3gan-demo": Recipe(r3gan_demo, Shipped("data/cifar-10-sample.tar.xz"), "2 CPU cores"),
+    "r3gan-demo": Recipe(r3gan_demo, Shipped("data/cifar-10-sample.tar.xz"), "2 CPU cores", "6 min"),
     "r3gan-cifar10": Recipe(r3gan_cifar10, Downloaded("cifar10"), "eight GPUs"),
 }
