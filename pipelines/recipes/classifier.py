@@ -47,5 +47,5 @@ def features_mnist() -> RunSpec:
 
 RECIPES: dict[str, Recipe] = {
     "features-cifar10": Recipe(features_cifar10, Downloaded("cifar10"), "2 CPU cores"),
-    "features-mnist": Recipe(features_mnist, Downloaded("mnist"), "2 CPU cores"),
+    "features-mnist": Recipe(features_mnist, Downloaded("mnist"), "2 CPU cores", "6 min"),
 }
